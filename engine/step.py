@@ -1,0 +1,78 @@
+"""What passes between the scheduler and whatever computes: a step's work, and its result.
+
+`Runner` is the seam: the real one owns a model and a KV cache, a fake one makes scheduler, engine and server tests
+instant and free of torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dibit.engine.request import Request, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + count) of a request, to be computed in this step. Its blocks are already allotted."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step ends at the request's last known token, so that a next one is drawn."""
+        return self.stop == self.request.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The next token of a request; `logprob` when the request asked for it."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """By request id: the sampled token of every chunk that samples, and the log-probabilities of the prompt tokens
+    start + 1 .. stop (as far as they are prompt) of every chunk whose request asked for prompt_logprobs."""
+
+    sampled: dict[str, Sampled]
+    prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """Computes steps. Raises on failure; the engine then isolates the guilty request by running halves."""
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks there are."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block."""
+        ...
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, in tokens."""
+        ...
+
+    def execute(self, step: Step) -> StepResult: ...

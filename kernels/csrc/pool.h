@@ -1,0 +1,23 @@
+// The backend's own threads: the caller and a fixed set of workers that share one range per call.
+//
+// Workers spin for a moment after a range, because the next op of a decode step follows within microseconds, and then
+// sleep on a futex. One range runs at a time; a second caller waits its turn.
+#pragma once
+#include <cstdint>
+
+namespace dibit {
+
+using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
+
+// Runs fn over [0, n) cut into contiguous parts, one per thread, each a multiple of `grain` but the last.
+void run_range(int64_t n, int64_t grain, RangeFn fn, void* context);
+
+int thread_count();
+
+template <class Body>
+void parallel_for(int64_t n, int64_t grain, Body&& body) {
+  run_range(
+      n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
+}
+
+}  // namespace dibit

@@ -1,0 +1,117 @@
+"""Which body each op runs on: one readable table, resolved once at load.
+
+A body is chosen for a device and, where it matters, a weight format. `backend="auto"` takes the first body of the
+table that accepts; an explicit backend is used or refused, never replaced. Every refusal keeps its reason, so that
+`report()` can print why a fast path was not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+from dibit.kernels.formats import BITS, Format
+
+Backend = Literal["auto", "cpu", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "reference")
+
+
+class NoKernel(RuntimeError):
+    """No body of the table accepts the op on this device; the message lists each body and why not."""
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One body of an op. `available` names a function that returns None, or the reason it cannot run here."""
+
+    backend: str
+    target: str
+    pack: str | None = None
+    devices: frozenset[str] = frozenset({"cpu", "cuda"})
+    bits: frozenset[int] = frozenset(BITS)
+    available: str | None = None
+
+    def refusal(self, device: str, format: Format | None) -> str | None:
+        """Why this body cannot serve, or None."""
+        if device not in self.devices:
+            return f"runs on {', '.join(sorted(self.devices))}, not on {device}"
+        if format is not None and format.bits not in self.bits:
+            return f"has no {format.bits}-bit kernel (it has {', '.join(map(str, sorted(self.bits)))})"
+        if self.available is not None:
+            reason: str | None = _load(self.available)()
+            return reason
+        return None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The chosen body of an op, with the bodies that were passed over and why."""
+
+    op: str
+    backend: str
+    run: Callable[..., Any]
+    pack: Callable[..., Any] | None
+    refusals: tuple[tuple[str, str], ...]
+
+
+_CPU_ONLY = frozenset({"cpu"})
+_NATIVE = "dibit.kernels.native:unavailable"
+
+
+def _reference(target: str, pack: str | None = None) -> Impl:
+    return Impl("reference", f"dibit.kernels.{target}", pack=pack)
+
+
+def _cpu(target: str, pack: str | None = None) -> Impl:
+    return Impl("cpu", f"dibit.kernels.{target}", pack=pack, devices=_CPU_ONLY, available=_NATIVE)
+
+
+_PACK_CPU = "dibit.kernels.qlinear_cpu:pack"
+_PACK_REFERENCE = "dibit.kernels.qlinear:pack"
+
+IMPLS: dict[str, tuple[Impl, ...]] = {
+    "qlinear": (
+        _cpu("qlinear_cpu:qlinear", _PACK_CPU),
+        _reference("qlinear:qlinear_reference", _PACK_REFERENCE),
+    ),
+    "embedding": (
+        _cpu("embedding_cpu:embedding", _PACK_CPU),
+        _reference("embedding:embedding_reference", _PACK_REFERENCE),
+    ),
+    "rms_norm": (_cpu("norm_cpu:rms_norm"), _reference("norm:rms_norm_reference")),
+    "add_rms_norm": (_cpu("norm_cpu:add_rms_norm"), _reference("norm:add_rms_norm_reference")),
+    "rope_kv_write": (_cpu("rope_cpu:rope_kv_write"), _reference("rope:rope_kv_write_reference")),
+    "paged_attention": (
+        _cpu("attention_cpu:paged_attention"),
+        _reference("attention:paged_attention_reference"),
+    ),
+    "silu_mul": (_cpu("activation_cpu:silu_mul"), _reference("activation:silu_mul_reference")),
+}
+
+
+def resolve(op: str, *, device: str, backend: Backend = "auto", format: Format | None = None) -> Resolved:
+    """The body of `op` for a device type ("cpu", "cuda") and a weight format. Raises NoKernel with every reason."""
+    refusals: list[tuple[str, str]] = []
+    for impl in IMPLS[op]:
+        if backend not in ("auto", impl.backend):
+            continue
+        reason = impl.refusal(device, format)
+        if reason is None:
+            pack = None if impl.pack is None else _load(impl.pack)
+            return Resolved(op, impl.backend, _load(impl.target), pack, tuple(refusals))
+        refusals.append((impl.backend, reason))
+    tried = "; ".join(f"{name} {reason}" for name, reason in refusals) or f"no body is called {backend!r}"
+    raise NoKernel(f"no kernel for {op} on {device}{f' in {format.name}' if format else ''}: {tried}")
+
+
+def report(device: str, backend: Backend = "auto") -> list[Resolved]:
+    """One resolution per op, for `dibit doctor` and the start-up log."""
+    return [resolve(op, device=device, backend=backend) for op in IMPLS]
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function

@@ -1,0 +1,93 @@
+"""The C++ library of the cpu backend: finding it, what it says of the machine, its threads.
+
+The library (csrc/, built at install, no torch and no Python headers needed) has a plain C interface called through
+ctypes: pointers and sizes in, a status out, the GIL released for the call. After a change in csrc/, rebuild with
+`make build`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+POINTER = ctypes.c_void_p
+INT = ctypes.c_int64
+FLOAT = ctypes.c_float
+
+LIBRARY = Path(__file__).parent / "_cpu.abi3.so"
+ABI_VERSION = 1
+
+
+class NativeError(RuntimeError):
+    """The C++ library is missing, does not fit this version, or refused a call."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises NativeError with the reason and the remedy."""
+    if not LIBRARY.exists():
+        raise NativeError(
+            "the C++ kernels are not built (no C++ compiler when dibit was installed?); "
+            "install g++ and run `pip install --force-reinstall --no-deps .` or `make build`"
+        )
+    try:
+        lib = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise NativeError(f"the C++ kernels do not load ({error}); rebuild with `make build`") from error
+    lib.dibit_abi_version.restype = ctypes.c_int
+    lib.dibit_isa.restype = ctypes.c_char_p
+    lib.dibit_threads.restype = ctypes.c_int
+    lib.dibit_set_threads.argtypes = [ctypes.c_int]
+    found = lib.dibit_abi_version()
+    if found != ABI_VERSION:
+        raise NativeError(f"the C++ kernels are of version {found}, not {ABI_VERSION}; rebuild with `make build`")
+    return lib
+
+
+def unavailable() -> str | None:
+    """None when the library can be used, else the reason (the cpu backend's refusal in dispatch.py)."""
+    try:
+        library()
+    except NativeError as error:
+        return str(error)
+    return None
+
+
+def function(name: str, *argtypes: type) -> Callable[..., None]:
+    """A typed entry point. Non-zero status becomes NativeError."""
+    entry = getattr(library(), name)
+    entry.argtypes = list(argtypes)
+    entry.restype = ctypes.c_int
+
+    def call(*args: object) -> None:
+        status = entry(*args)
+        if status != 0:
+            raise NativeError(f"{name} refused its arguments (status {status})")
+
+    return call
+
+
+def isa() -> str:
+    """Instruction set the kernels chose on this machine, e.g. "avx2"."""
+    name: bytes = library().dibit_isa()
+    return name.decode()
+
+
+def threads() -> int:
+    """Threads that an op may use, the caller's included."""
+    return int(library().dibit_threads())
+
+
+def set_threads(count: int) -> None:
+    """Use `count` threads (the caller plus count - 1 workers) from the next op on."""
+    if count < 1:
+        raise ValueError(f"{count} threads; at least 1 is needed")
+    library().dibit_set_threads(count)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (affinity respected)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
