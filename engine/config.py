@@ -21,6 +21,8 @@ MAX_STOP_STRINGS = 16
 class EngineConfig:
     """How a model is held and served.
 
+    device            where the model runs
+    backend           body of every op: "auto" takes the fastest that fits, a named one is used or refused
     max_model_len     longest sequence, prompt and output together (None: the model's own limit, or what fits)
     max_num_seqs      sequences in one step
     max_batch_tokens  tokens in one step; a longer prompt is prefilled in chunks of at most this many
@@ -28,6 +30,7 @@ class EngineConfig:
     block_size        tokens in a KV block
     kv_bytes          size of the KV cache (None: what max_num_seqs full-length sequences need, at most
                       kv_memory_share of free memory)
+    kv_memory_share   share of the free memory that the KV cache may take when kv_bytes is not given
     kv_type           element type of the KV cache ("auto": float16 under low-bit weights, float32 under float weights)
     head_bits         bits at which the token embedding and head are held under low-bit weights; 16 keeps the
                       checkpoint's floats
