@@ -41,9 +41,13 @@ def library() -> ctypes.CDLL:
     lib.dibit_isa.restype = ctypes.c_char_p
     lib.dibit_threads.restype = ctypes.c_int
     lib.dibit_set_threads.argtypes = [ctypes.c_int]
+    lib.dibit_set_isa.argtypes = [ctypes.c_char_p]
+    lib.dibit_set_isa.restype = ctypes.c_int
     found = lib.dibit_abi_version()
     if found != ABI_VERSION:
-        raise NativeError(f"the C++ kernels are of version {found}, not {ABI_VERSION}; rebuild with `make build`")
+        raise NativeError(
+            f"the C++ kernels are of version {found}, not {ABI_VERSION}; rebuild with `make build`"
+        )
     return lib
 
 
@@ -56,24 +60,49 @@ def unavailable() -> str | None:
     return None
 
 
+@functools.cache
+def entry(name: str, *argtypes: type) -> Callable[..., int]:
+    """A typed entry point that returns its status: 0, or what the op's header says."""
+    found: Callable[..., int] = _typed(name, argtypes)
+    return found
+
+
+@functools.cache
 def function(name: str, *argtypes: type) -> Callable[..., None]:
     """A typed entry point. Non-zero status becomes NativeError."""
-    entry = getattr(library(), name)
-    entry.argtypes = list(argtypes)
-    entry.restype = ctypes.c_int
+    status_of = _typed(name, argtypes)
 
     def call(*args: object) -> None:
-        status = entry(*args)
+        status = status_of(*args)
         if status != 0:
             raise NativeError(f"{name} refused its arguments (status {status})")
 
     return call
 
 
+def _typed(name: str, argtypes: tuple[type, ...]) -> Callable[..., int]:
+    symbol = getattr(library(), name)
+    symbol.argtypes = list(argtypes)
+    symbol.restype = ctypes.c_int
+    typed: Callable[..., int] = symbol
+    return typed
+
+
 def isa() -> str:
-    """Instruction set the kernels chose on this machine, e.g. "avx2"."""
+    """Instruction set in use: "portable", "avx2" or "avx512" (avx2 everywhere, AVX-512 VNNI in qlinear)."""
     name: bytes = library().dibit_isa()
     return name.decode()
+
+
+def set_isa(name: str) -> None:
+    """Use the bodies of another instruction set from the next op on: "portable", "avx2" or "avx512".
+
+    The environment's DIBIT_ISA does the same at the start. Raises NativeError for what this machine lacks.
+    """
+    status = library().dibit_set_isa(name.encode())
+    if status != 0:
+        reason = "is not one of portable, avx2, avx512" if status == 1 else "is more than this machine has"
+        raise NativeError(f"instruction set {name!r} {reason}")
 
 
 def threads() -> int:

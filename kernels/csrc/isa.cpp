@@ -1,31 +1,62 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
 namespace dibit {
 namespace {
 
-Isa detect() {
-  const char* wanted = std::getenv("DIBIT_ISA");
-  if (wanted != nullptr && std::strcmp(wanted, "portable") == 0) return Isa::portable;
+enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+
+int machine_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return Isa::avx2;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+    return kPortable;
+  const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  return vnni ? kAvx512 : kAvx2;
+#else
+  return kPortable;
 #endif
-  return Isa::portable;
+}
+
+// The level called `name`, or -1.
+int level_of(const char* name) {
+  for (int level = kPortable; level <= kAvx512; ++level)
+    if (std::strcmp(name, kNames[level]) == 0) return level;
+  return -1;
+}
+
+std::atomic<int>& level() {
+  static std::atomic<int> chosen{[] {
+    const int most = machine_level();
+    const char* name = std::getenv("DIBIT_ISA");
+    const int wanted = name == nullptr ? -1 : level_of(name);
+    return wanted < 0 || wanted > most ? most : wanted;
+  }()};
+  return chosen;
 }
 
 }  // namespace
 
-Isa isa() {
-  static const Isa chosen = detect();
-  return chosen;
-}
+Isa isa() { return level().load(std::memory_order_relaxed) >= kAvx2 ? Isa::avx2 : Isa::portable; }
+
+bool avx512_vnni() { return level().load(std::memory_order_relaxed) >= kAvx512; }
 
 }  // namespace dibit
 
 DIBIT_API int dibit_abi_version() { return 1; }
 
-DIBIT_API const char* dibit_isa() { return dibit::isa() == dibit::Isa::avx2 ? "avx2" : "portable"; }
+DIBIT_API const char* dibit_isa() { return dibit::kNames[dibit::level().load()]; }
+
+// Switches every op from the next call on. 1: unknown name; 2: this machine lacks it.
+DIBIT_API int dibit_set_isa(const char* name) {
+  const int wanted = dibit::level_of(name);
+  if (wanted < 0) return 1;
+  if (wanted > dibit::machine_level()) return 2;
+  dibit::level().store(wanted);
+  return 0;
+}

@@ -1,5 +1,6 @@
 // Which instruction set the kernels use, decided once at run time. Every ISA has its own translation unit with a
-// `#pragma GCC target`, so one library serves every x86-64 and, through the portable bodies, everything else.
+// `#pragma GCC target` below its includes, so one library serves every x86-64 and, through the portable bodies,
+// everything else.
 #pragma once
 
 #define DIBIT_API extern "C" __attribute__((visibility("default")))
@@ -8,7 +9,10 @@ namespace dibit {
 
 enum class Isa { portable, avx2 };
 
-// The best ISA of this machine, or what DIBIT_ISA=portable|avx2 asks for (never more than the machine has).
+// The best ISA of this machine, or what DIBIT_ISA=portable|avx2|avx512 asks for (never more than the machine has).
 Isa isa();
+
+// True when, on top of avx2, the AVX-512 VNNI kernels are to be used.
+bool avx512_vnni();
 
 }  // namespace dibit

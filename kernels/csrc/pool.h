@@ -15,9 +15,11 @@ void run_range(int64_t n, int64_t grain, RangeFn fn, void* context);
 int thread_count();
 
 template <class Body>
-void parallel_for(int64_t n, int64_t grain, Body&& body) {
+void parallel_for(int64_t n, int64_t grain, const Body& body) {
   run_range(
-      n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); }, &body);
+      n, grain,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<Body*>(&body));
 }
 
 }  // namespace dibit

@@ -1,0 +1,109 @@
+// The packed weight of the cpu backend and the kernels that run on it.
+//
+// Rows come in panels of 16. A cell is 64 bytes: 16 rows x 4 consecutive columns, row-major, so that one 32-bit lane
+// holds 4 columns of one row and a broadcast of 4 activations feeds every row without a horizontal sum. Cells of
+// narrow codes are stored several to a 64-byte vector, one above the other in each byte:
+//
+//   8 bits   one vector = cell c
+//   4 bits   bits 0-3 = cell 2v, bits 4-7 = cell 2v + 1
+//   2 bits   bits 2i, 2i + 1 = cell 4v + i
+//   3 bits   three vectors A B C = 8 cells: bits 0-2 and 3-5 of A, B, C are cells 0..5, bit 6 of A, B, C are bits
+//            0, 1, 2 of cell 6, bit 7 likewise of cell 7
+//
+// Columns are padded with zero codes to whole blocks (3 bits: to 32 columns at least), rows to whole panels.
+//
+// Activations are quantized once per call: symmetric int8 in [-127, 127], one float32 scale per block of
+// min(group, 64) columns. With integer sums per block, exact in int32,
+//
+//   y[m, n] = sum over blocks b in ascending order of  (isum - z * asum) * (s_w * s_a)     one fma each, from 0
+//
+// then + bias. Every body (portable, AVX2, AVX-512; one token or many) follows exactly this order of float
+// operations, so that they agree bit for bit and a row of y does not depend on the other rows. A block that holds a
+// NaN or an infinity has scale NaN, hence a row of y that is NaN.
+#pragma once
+#include <cstdint>
+
+namespace dibit {
+
+constexpr int kRows = 16;
+constexpr int kCell = 64;
+constexpr int kMaxBlock = 64;
+// Columns unpacked at a time for several tokens: 16 KB of cells, twice that at 8 bits, stay in L1.
+constexpr int kChunk = 1024;
+
+// Mirrored by native.QWeight in kernels/qlinear_cpu.py.
+struct QWeight {
+  const uint8_t* codes;   // [panels, padded / 4 * kCell * bits / 8]
+  const void* scales;     // [panels, groups, 16] float16, or float32 when scale_bytes is 4
+  const uint8_t* zeros;   // [panels, groups, 16]
+  int64_t n, k;           // rows and columns before padding
+  int64_t padded;         // columns stored: blocks * block
+  int64_t block;          // columns per activation scale: 16, 32 or 64
+  int64_t blocks;         // per row
+  int64_t groups;         // per row, those of the padding included
+  int64_t blocks_per_group;
+  int64_t bits;
+  int64_t scale_bytes;
+
+  __attribute__((always_inline)) int64_t panels() const { return (n + kRows - 1) / kRows; }
+  __attribute__((always_inline)) int64_t panel_bytes() const { return padded / 4 * kCell * bits / 8; }
+};
+
+struct Activations {
+  const int8_t* codes;   // [M, padded]
+  const float* scales;   // [M, blocks]
+  const float* sums;     // [M, blocks]; sum of the codes of a block, an integer
+};
+
+// One body per ISA.
+struct QKernels {
+  // One row of x, `columns` of them real and zero up to padded.
+  void (*quantize)(const float* x, const QWeight& w, int8_t* codes, float* scales, float* sums);
+  // y[n] for the rows of panels [begin, end), one token.
+  void (*gemv)(const QWeight& w, const Activations& a, const float* bias, float* y, int64_t begin, int64_t end);
+  // y[m, n] (row stride w.n) for tokens [0, m), m <= kMaxTokens.
+  void (*gemm)(const QWeight& w, const Activations& a, int64_t m, const float* bias, float* y, int64_t begin,
+               int64_t end);
+};
+
+constexpr int kMaxTokens = 128;
+
+const QKernels& portable_kernels();
+#if defined(__x86_64__)
+const QKernels& avx2_kernels();
+const QKernels& avx512_kernels();
+void quantize_avx2(const float* x, const QWeight& w, int8_t* codes, float* scales, float* sums);
+#endif
+
+static inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;
+  uint32_t magnitude = h & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
+  } else if (magnitude >= 0x400) {
+    bits = (magnitude << 13) + (112u << 23);
+  } else {
+    // Subnormal: the integer times 2^-24, exact in float32.
+    const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    __builtin_memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float out;
+  __builtin_memcpy(&out, &bits, 4);
+  return out;
+}
+
+static inline float scale_at(const QWeight& w, int64_t index) {
+  return w.scale_bytes == 2 ? half_to_float(static_cast<const uint16_t*>(w.scales)[index])
+                            : static_cast<const float*>(w.scales)[index];
+}
+
+// Writes the valid part of a panel's 16 sums, bias added.
+static inline void store_panel(const QWeight& w, int64_t panel, const float* sums, const float* bias, float* y) {
+  const int64_t first = panel * kRows;
+  const int64_t count = w.n - first < kRows ? w.n - first : kRows;
+  for (int64_t r = 0; r < count; ++r) y[first + r] = bias == nullptr ? sums[r] : sums[r] + bias[first + r];
+}
+
+}  // namespace dibit
