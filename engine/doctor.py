@@ -1,4 +1,4 @@
-"""What this machine runs: its cores and memory, the kernels chosen for each op with the reasons, the formats it can load."""
+"""What this machine runs: cores, memory, the kernels chosen for each op and why, the formats it can load."""
 
 from __future__ import annotations
 
