@@ -11,6 +11,7 @@ from dibit.engine.errors import ConfigError, RequestError
 
 Device = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "cpu", "reference"]
+GPTQZero = Literal["auto", "v1", "v2"]
 KVType = Literal["auto", "float32", "float16", "bfloat16"]
 
 MAX_LOGPROBS = 20
@@ -34,6 +35,7 @@ class EngineConfig:
     kv_type           element type of the KV cache ("auto": float16 under low-bit weights, float32 under float weights)
     head_bits         bits at which the token embedding and head are held under low-bit weights; 16 keeps the
                       checkpoint's floats
+    gptq_zero         how a GPTQ checkpoint stores its zero points: v1 (minus one), v2, or "auto" to decide
     threads           compute threads (None: every core this process may use)
     prefix_cache      reuse the KV blocks of a shared prompt prefix
     """
@@ -49,6 +51,7 @@ class EngineConfig:
     kv_memory_share: float = 0.5
     kv_type: KVType = "auto"
     head_bits: Literal[8, 16] = 8
+    gptq_zero: GPTQZero = "auto"
     threads: int | None = None
     prefix_cache: bool = True
 
@@ -72,6 +75,7 @@ class EngineConfig:
         for name, allowed in (
             ("device", ("auto", "cpu", "cuda")),
             ("backend", ("auto", "cpu", "reference")),
+            ("gptq_zero", ("auto", "v1", "v2")),
             ("kv_type", ("auto", "float32", "float16", "bfloat16")),
         ):
             if getattr(self, name) not in allowed:
