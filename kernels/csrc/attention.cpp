@@ -1,0 +1,294 @@
+// Paged attention: which rows meet which keys, on which thread. The arithmetic is in attention_body.h.
+//
+// The rows of a kv head are its (token, query head) pairs; a tile of up to kRowTile of them shares every key and value
+// it loads. Keys are taken in tiles of kKeyTile and the softmax state starts afresh every kKeyRange keys, both counted
+// from key 0; the states of a row's ranges are merged one after another. That order is the same whether one thread
+// walks all ranges of a tile or several threads take one each, so a token's result never depends on the step around it.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "isa.h"
+#include "pool.h"
+#include "vec_bodies.h"
+
+namespace dibit {
+namespace {
+
+constexpr int64_t kRowTile = 48;    // rows of fp32 sums beside a key and a value tile stay in a 256 KB L2
+constexpr int64_t kKeyRange = 256;  // a unit of work for one thread at batch 1, 8 key tiles
+static_assert(kKeyRange % kKeyTile == 0, "a key tile must not straddle two ranges");
+
+// Multiply-adds below which the caller does all the work itself: a few microseconds, as long as a wake-up.
+constexpr int64_t kInlineWork = 1 << 17;
+
+enum Status { kOk = 0, kBadCuSeqlens = 1, kBadSeqLen = 2, kBadBlock = 3 };
+
+struct Problem {
+  float* out;
+  const float* q;
+  const void *k_cache, *v_cache;
+  const int32_t *cu_seqlens, *seq_lens, *block_tables;
+  int64_t tokens, sequences, table_stride, table_width;
+  int64_t heads, kv_heads, d, blocks, block_size;
+  Real real;
+  float scale;
+
+  int64_t group() const { return heads / kv_heads; }
+  int64_t width() const { return (d + kLaneFloats - 1) / kLaneFloats * kLaneFloats; }
+  int64_t state() const { return width() + 2; }
+  static constexpr int64_t kLaneFloats = 8;
+};
+
+// Rows [first_row, first_row + rows) of one sequence and kv head. Row r is head r % group of token r / group.
+struct RowTile {
+  int64_t sequence, kv_head, first_row, rows;
+  int64_t keys;  // seen by the tile's last row
+
+  int64_t ranges() const { return (keys + kKeyRange - 1) / kKeyRange; }
+  int64_t work() const { return keys * rows; }
+};
+
+// One thread's unit: a whole tile (range < 0), or one key range of a tile that several threads share.
+struct Item {
+  int64_t tile, range;
+};
+
+// A tile shared by several threads: the state of each range, and how many ranges are not done.
+struct Shared {
+  int64_t first_state = 0;
+  std::atomic<int64_t> pending{0};
+};
+
+// Floats that are kept from call to call and only ever grow.
+class Arena {
+ public:
+  float* reserve(int64_t floats) {
+    if (static_cast<int64_t>(floats_.size()) < floats + kAlign) floats_.resize(floats + kAlign);
+    const auto address = reinterpret_cast<uintptr_t>(floats_.data());
+    return floats_.data() + (64 - address % 64) % 64 / sizeof(float);
+  }
+
+ private:
+  static constexpr int64_t kAlign = 16;
+  std::vector<float> floats_;
+};
+
+Arena& thread_arena() {
+  static thread_local Arena arena;
+  return arena;
+}
+
+// Softmax states of a tile's rows over some keys.
+struct States {
+  float *peak, *total, *acc;
+
+  States(float* memory, int64_t rows) : peak(memory), total(memory + rows), acc(memory + 2 * rows) {}
+
+  void clear(int64_t rows, int64_t width) {
+    std::fill(peak, peak + rows, kNoPeak);
+    std::fill(total, total + rows, 0.0f);
+    std::fill(acc, acc + rows * width, 0.0f);
+  }
+};
+
+class Step {
+ public:
+  explicit Step(const Problem& problem) : p_(problem), bodies_(vec_bodies()) {}
+
+  void run() {
+    plan_tiles();
+    if (tiles_.empty()) return;
+    int64_t work = 0;
+    for (const RowTile& tile : tiles_) work += tile.work();
+    const int64_t threads = work * p_.width() * 2 < kInlineWork ? 1 : thread_count();
+    plan_items(threads, work);
+    if (threads == 1) {
+      for (const Item& item : items_) run_item(item);
+      return;
+    }
+    std::atomic<int64_t> next{0};
+    const int64_t count = static_cast<int64_t>(items_.size());
+    parallel_for(threads, 1, [&](int64_t, int64_t) {
+      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) run_item(items_[i]);
+    });
+  }
+
+ private:
+  // Last tokens first: they see the most keys, and short items at the end even out the threads.
+  void plan_tiles() {
+    for (int64_t b = 0; b < p_.sequences; ++b) {
+      const int64_t tokens = p_.cu_seqlens[b + 1] - p_.cu_seqlens[b];
+      const int64_t all_rows = tokens * p_.group(), past = p_.seq_lens[b] - tokens;
+      for (int64_t stop = all_rows; stop > 0; stop -= std::min(stop, kRowTile))
+        for (int64_t h = 0; h < p_.kv_heads; ++h) {
+          const int64_t first = std::max<int64_t>(0, stop - kRowTile);
+          tiles_.push_back({b, h, first, stop - first, past + (stop - 1) / p_.group() + 1});
+        }
+    }
+  }
+
+  // Tiles that alone would take more than a quarter of a thread's share are cut into their key ranges.
+  void plan_items(int64_t threads, int64_t work) {
+    const int64_t count = static_cast<int64_t>(tiles_.size());
+    shared_ = std::make_unique<Shared[]>(threads == 1 ? 0 : count);
+    int64_t states = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const RowTile& tile = tiles_[i];
+      if (threads == 1 || tile.ranges() == 1 || tile.work() * threads * 4 <= work) {
+        items_.push_back({i, -1});
+        continue;
+      }
+      shared_[i].first_state = states;
+      shared_[i].pending.store(tile.ranges(), std::memory_order_relaxed);
+      states += tile.ranges() * tile.rows * p_.state();
+      for (int64_t r = 0; r < tile.ranges(); ++r) items_.push_back({i, r});
+    }
+    static thread_local Arena arena;
+    shared_states_ = arena.reserve(states);
+  }
+
+  void run_item(const Item& item) {
+    const RowTile& tile = tiles_[item.tile];
+    const int64_t width = p_.width(), states = tile.rows * p_.state();
+    float* memory = thread_arena().reserve(tile.rows * width + 2 * states + 2 * kKeyTile * width);
+    float* q = memory;
+    float* key_rows = memory + tile.rows * width + 2 * states;
+    load_queries(tile, q);
+    if (item.range < 0) {
+      States done(memory + tile.rows * width, tile.rows), fresh(memory + tile.rows * width + states, tile.rows);
+      walk_range(tile, 0, q, key_rows, done);
+      for (int64_t r = 1; r < tile.ranges(); ++r) {
+        walk_range(tile, r, q, key_rows, fresh);
+        merge(tile, r, done, fresh);
+      }
+      finish(tile, done);
+      return;
+    }
+    Shared& shared = shared_[item.tile];
+    float* first = shared_states_ + shared.first_state;
+    walk_range(tile, item.range, q, key_rows, States(first + item.range * states, tile.rows));
+    // Whoever finishes last merges, in the order of the ranges.
+    if (shared.pending.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    const States done(first, tile.rows);
+    for (int64_t r = 1; r < tile.ranges(); ++r) merge(tile, r, done, States(first + r * states, tile.rows));
+    finish(tile, done);
+  }
+
+  int64_t position(const RowTile& tile, int64_t row) const {
+    const int64_t b = tile.sequence, tokens = p_.cu_seqlens[b + 1] - p_.cu_seqlens[b];
+    return p_.seq_lens[b] - tokens + (tile.first_row + row) / p_.group();
+  }
+
+  int64_t offset(const RowTile& tile, int64_t row) const {
+    const int64_t r = tile.first_row + row, token = p_.cu_seqlens[tile.sequence] + r / p_.group();
+    return (token * p_.heads + tile.kv_head * p_.group() + r % p_.group()) * p_.d;
+  }
+
+  void load_queries(const RowTile& tile, float* q) const {
+    const int64_t width = p_.width();
+    for (int64_t r = 0; r < tile.rows; ++r, q += width) {
+      const float* from = p_.q + offset(tile, r);
+      for (int64_t i = 0; i < p_.d; ++i) q[i] = from[i] * p_.scale;
+      for (int64_t i = p_.d; i < width; ++i) q[i] = 0.0f;
+    }
+  }
+
+  void walk_range(const RowTile& tile, int64_t range, const float* q, float* scratch, States states) const {
+    const int64_t width = p_.width();
+    const float *keys[kKeyTile], *values[kKeyTile];
+    std::vector<int32_t>& visible = visible_rows(tile.rows);
+    states.clear(tile.rows, width);
+    const int64_t end = std::min(tile.keys, (range + 1) * kKeyRange);
+    for (int64_t begin = range * kKeyRange; begin < end; begin += kKeyTile) {
+      const int64_t count = std::min<int64_t>(kKeyTile, end - begin);
+      locate(tile, p_.k_cache, begin, count, scratch, keys);
+      locate(tile, p_.v_cache, begin, count, scratch + kKeyTile * width, values);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        visible[r] = static_cast<int32_t>(std::clamp<int64_t>(position(tile, r) + 1 - begin, 0, count));
+      bodies_.attend({keys, values, visible.data(), static_cast<int>(tile.rows), static_cast<int>(width), q,
+                      states.peak, states.total, states.acc});
+    }
+  }
+
+  // Pointers to `count` rows of the cache from key `begin` on, through `scratch` unless they can be read in place.
+  void locate(const RowTile& tile, const void* cache, int64_t begin, int64_t count, float* scratch,
+              const float** rows) const {
+    const int32_t* table = p_.block_tables + tile.sequence * p_.table_stride;
+    const int64_t bytes = p_.real == Real::f32 ? 4 : 2, width = p_.width();
+    const bool in_place = p_.real == Real::f32 && width == p_.d;
+    for (int64_t j = 0; j < count;) {
+      const int64_t key = begin + j, within = key % p_.block_size;
+      const int64_t run = std::min(count - j, p_.block_size - within);
+      const int64_t row = (table[key / p_.block_size] * p_.kv_heads + tile.kv_head) * p_.block_size + within;
+      const char* from = static_cast<const char*>(cache) + row * p_.d * bytes;
+      if (!in_place) bodies_.widen(scratch + j * width, from, p_.real, run, p_.d, width);
+      const float* first = in_place ? reinterpret_cast<const float*>(from) : scratch + j * width;
+      for (int64_t i = 0; i < run; ++i) rows[j + i] = first + i * width;
+      j += run;
+    }
+    for (int64_t j = count; j < kKeyTile; ++j) rows[j] = rows[0];
+  }
+
+  void merge(const RowTile& tile, int64_t range, const States& done, const States& next) const {
+    const int64_t width = p_.width();
+    for (int64_t r = 0; r < tile.rows; ++r)
+      if (position(tile, r) >= range * kKeyRange)
+        bodies_.merge(done.peak + r, done.total + r, done.acc + r * width, next.peak[r], next.total[r],
+                      next.acc + r * width, static_cast<int>(width));
+  }
+
+  void finish(const RowTile& tile, const States& done) const {
+    for (int64_t r = 0; r < tile.rows; ++r)
+      bodies_.finish(p_.out + offset(tile, r), done.acc + r * p_.width(), done.total[r], static_cast<int>(p_.d));
+  }
+
+  static std::vector<int32_t>& visible_rows(int64_t rows) {
+    static thread_local std::vector<int32_t> visible;
+    if (static_cast<int64_t>(visible.size()) < rows) visible.resize(rows);
+    return visible;
+  }
+
+  const Problem p_;
+  const VecBodies& bodies_;
+  std::vector<RowTile> tiles_;
+  std::vector<Item> items_;
+  std::unique_ptr<Shared[]> shared_;
+  float* shared_states_ = nullptr;
+};
+
+// Everything that an address is computed from, before anything is read or written.
+Status check(const Problem& p) {
+  if (p.cu_seqlens[0] != 0 || p.cu_seqlens[p.sequences] != p.tokens) return kBadCuSeqlens;
+  for (int64_t b = 0; b < p.sequences; ++b)
+    if (p.cu_seqlens[b + 1] < p.cu_seqlens[b]) return kBadCuSeqlens;
+  for (int64_t b = 0; b < p.sequences; ++b) {
+    const int64_t tokens = p.cu_seqlens[b + 1] - p.cu_seqlens[b], length = p.seq_lens[b];
+    if (tokens == 0) continue;
+    if (length < tokens || length > p.table_width * p.block_size) return kBadSeqLen;
+    const int32_t* table = p.block_tables + b * p.table_stride;
+    for (int64_t i = 0; i < (length + p.block_size - 1) / p.block_size; ++i)
+      if (table[i] < 0 || table[i] >= p.blocks) return kBadBlock;
+  }
+  return kOk;
+}
+
+}  // namespace
+}  // namespace dibit
+
+// Shapes in kernels/attention.py; block_tables has table_stride elements from row to row.
+DIBIT_API int dibit_paged_attention(float* out, const float* q, const void* k_cache, const void* v_cache,
+                                    const int32_t* cu_seqlens, const int32_t* seq_lens, const int32_t* block_tables,
+                                    int64_t tokens, int64_t sequences, int64_t table_stride, int64_t table_width,
+                                    int64_t heads, int64_t kv_heads, int64_t d, int64_t blocks, int64_t block_size,
+                                    int64_t cache_real, float scale) {
+  const dibit::Problem problem = {out,          q,           k_cache, v_cache,  cu_seqlens, seq_lens,
+                                  block_tables, tokens,      sequences, table_stride, table_width, heads,
+                                  kv_heads,     d,           blocks,  block_size, static_cast<dibit::Real>(cache_real),
+                                  scale};
+  const dibit::Status status = dibit::check(problem);
+  if (status == dibit::kOk) dibit::Step(problem).run();
+  return status;
+}

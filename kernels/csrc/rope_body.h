@@ -1,0 +1,61 @@
+// Rotation of one token's heads, stored as floats or as the cache's reals, for the ISA of the including unit.
+#pragma once
+#include "vec.h"
+#include "vec_bodies.h"
+
+namespace dibit {
+namespace {
+
+template <Real kReal>
+DIBIT_INLINE void store_real(void* p, int64_t i, F8 a) {
+  if constexpr (kReal == Real::f32) store(static_cast<float*>(p) + i, a);
+  if constexpr (kReal == Real::f16) store_half(static_cast<uint16_t*>(p) + i, a);
+  if constexpr (kReal == Real::bf16) store_bfloat(static_cast<uint16_t*>(p) + i, a);
+}
+
+// A short run of `n` < kLanes elements, through a full vector on the stack.
+template <Real kReal>
+DIBIT_INLINE void store_tail(void* p, int64_t i, const float* values, int n) {
+  constexpr int64_t kBytes = kReal == Real::f32 ? 4 : 2;
+  alignas(32) float whole[kLanes] = {};
+  alignas(32) char stored[kLanes * 4];
+  std::memcpy(whole, values, n * sizeof(float));
+  store_real<kReal>(stored, 0, load(whole));
+  std::memcpy(static_cast<char*>(p) + i * kBytes, stored, n * kBytes);
+}
+
+template <Real kReal>
+DIBIT_INLINE void rotate_heads(void* dst, int64_t stride, const float* src, int64_t heads, int d, const float* cos,
+                               const float* sin, int half) {
+  constexpr int64_t kBytes = kReal == Real::f32 ? 4 : 2;
+  for (int64_t h = 0; h < heads; ++h, src += d) {
+    void* out = static_cast<char*>(dst) + h * stride * kBytes;
+    int i = 0;
+    for (; i + kLanes <= half; i += kLanes) {
+      const F8 a = load(src + i), b = load(src + half + i), c = load(cos + i), s = load(sin + i);
+      store_real<kReal>(out, i, sub(mul(a, c), mul(b, s)));
+      store_real<kReal>(out, half + i, add(mul(b, c), mul(a, s)));
+    }
+    if (i < half) {
+      float low[kLanes], high[kLanes];
+      for (int j = i; j < half; ++j) {
+        low[j - i] = src[j] * cos[j] - src[half + j] * sin[j];
+        high[j - i] = src[half + j] * cos[j] + src[j] * sin[j];
+      }
+      store_tail<kReal>(out, i, low, half - i);
+      store_tail<kReal>(out, half + i, high, half - i);
+    }
+    for (i = 2 * half; i + kLanes <= d; i += kLanes) store_real<kReal>(out, i, load(src + i));
+    if (i < d) store_tail<kReal>(out, i, src + i, d - i);
+  }
+}
+
+void rotate(void* dst, Real real, int64_t stride, const float* src, int64_t heads, int d, const float* cos,
+            const float* sin, int half) {
+  if (real == Real::f16) rotate_heads<Real::f16>(dst, stride, src, heads, d, cos, sin, half);
+  else if (real == Real::bf16) rotate_heads<Real::bf16>(dst, stride, src, heads, d, cos, sin, half);
+  else rotate_heads<Real::f32>(dst, stride, src, heads, d, cos, sin, half);
+}
+
+}  // namespace
+}  // namespace dibit

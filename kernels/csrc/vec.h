@@ -1,0 +1,206 @@
+// Eight floats at a time, so that a kernel is written once: AVX2 for the unit that defines DIBIT_VEC_AVX2 after its
+// `#pragma GCC target` (whose macros g++ 12 sets too late to test), plain C++ elsewhere.
+//
+// Included by one unit per ISA. Everything here has internal linkage, and nothing is taken from the standard library's
+// templates, whose bodies the linker could share between units of different ISAs.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifdef DIBIT_VEC_AVX2
+#include <immintrin.h>
+#endif
+
+#define DIBIT_INLINE static inline __attribute__((always_inline))
+
+namespace dibit {
+namespace {
+
+inline constexpr int kLanes = 8;
+
+#ifdef DIBIT_VEC_AVX2
+
+using F8 = __m256;
+using I8 = __m256i;
+
+DIBIT_INLINE F8 load(const float* p) { return _mm256_loadu_ps(p); }
+DIBIT_INLINE void store(float* p, F8 a) { _mm256_storeu_ps(p, a); }
+DIBIT_INLINE F8 splat(float a) { return _mm256_set1_ps(a); }
+DIBIT_INLINE F8 add(F8 a, F8 b) { return _mm256_add_ps(a, b); }
+DIBIT_INLINE F8 sub(F8 a, F8 b) { return _mm256_sub_ps(a, b); }
+DIBIT_INLINE F8 mul(F8 a, F8 b) { return _mm256_mul_ps(a, b); }
+DIBIT_INLINE F8 div(F8 a, F8 b) { return _mm256_div_ps(a, b); }
+DIBIT_INLINE F8 fma(F8 a, F8 b, F8 c) { return _mm256_fmadd_ps(a, b, c); }
+// The second operand when either is NaN, in both bodies.
+DIBIT_INLINE F8 max(F8 a, F8 b) { return _mm256_max_ps(a, b); }
+DIBIT_INLINE F8 min(F8 a, F8 b) { return _mm256_min_ps(a, b); }
+DIBIT_INLINE F8 zero_where_less(F8 a, F8 key, F8 bound) {
+  return _mm256_andnot_ps(_mm256_cmp_ps(key, bound, _CMP_LT_OQ), a);
+}
+DIBIT_INLINE I8 bits(F8 a) { return _mm256_castps_si256(a); }
+DIBIT_INLINE F8 floats(I8 a) { return _mm256_castsi256_ps(a); }
+DIBIT_INLINE I8 add(I8 a, I8 b) { return _mm256_add_epi32(a, b); }
+DIBIT_INLINE I8 splat_bits(int32_t a) { return _mm256_set1_epi32(a); }
+template <int N>
+DIBIT_INLINE I8 shift_left(I8 a) { return _mm256_slli_epi32(a, N); }
+
+// ((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7)), for each of four vectors.
+DIBIT_INLINE void store_sums(float* p, F8 a, F8 b, F8 c, F8 d) {
+  const F8 quads = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+}
+
+DIBIT_INLINE F8 load_half(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+DIBIT_INLINE void store_half(uint16_t* p, F8 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+DIBIT_INLINE F8 load_bfloat(const uint16_t* p) {
+  const I8 wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return floats(shift_left<16>(wide));
+}
+DIBIT_INLINE void store_bfloat(uint16_t* p, F8 a) {
+  const I8 raw = bits(a), one = splat_bits(1);
+  const I8 odd = _mm256_and_si256(_mm256_srli_epi32(raw, 16), one);
+  const I8 rounded = _mm256_srli_epi32(add(add(raw, splat_bits(0x7fff)), odd), 16);
+  const I8 number = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_ORD_Q));
+  const I8 kept = _mm256_blendv_epi8(splat_bits(0x7fc0), rounded, number);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(kept, kept), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+
+#else
+
+// Two vectors of four: the width that SSE2 and NEON have, which every 64-bit target starts from.
+typedef float F4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+struct F8 {
+  F4 lo, hi;
+};
+struct I8 {
+  I4 lo, hi;
+};
+
+DIBIT_INLINE F8 load(const float* p) {
+  F8 a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+DIBIT_INLINE void store(float* p, F8 a) { std::memcpy(p, &a, sizeof a); }
+DIBIT_INLINE F8 splat(float a) { return {F4{a, a, a, a}, F4{a, a, a, a}}; }
+DIBIT_INLINE F8 add(F8 a, F8 b) { return {a.lo + b.lo, a.hi + b.hi}; }
+DIBIT_INLINE F8 sub(F8 a, F8 b) { return {a.lo - b.lo, a.hi - b.hi}; }
+DIBIT_INLINE F8 mul(F8 a, F8 b) { return {a.lo * b.lo, a.hi * b.hi}; }
+DIBIT_INLINE F8 div(F8 a, F8 b) { return {a.lo / b.lo, a.hi / b.hi}; }
+DIBIT_INLINE F8 fma(F8 a, F8 b, F8 c) { return add(mul(a, b), c); }
+DIBIT_INLINE F8 max(F8 a, F8 b) { return {a.lo > b.lo ? a.lo : b.lo, a.hi > b.hi ? a.hi : b.hi}; }
+DIBIT_INLINE F8 min(F8 a, F8 b) { return {a.lo < b.lo ? a.lo : b.lo, a.hi < b.hi ? a.hi : b.hi}; }
+DIBIT_INLINE F8 zero_where_less(F8 a, F8 key, F8 bound) {
+  const F4 none = {0, 0, 0, 0};
+  return {key.lo < bound.lo ? none : a.lo, key.hi < bound.hi ? none : a.hi};
+}
+DIBIT_INLINE I8 bits(F8 a) { return {reinterpret_cast<I4>(a.lo), reinterpret_cast<I4>(a.hi)}; }
+DIBIT_INLINE F8 floats(I8 a) { return {reinterpret_cast<F4>(a.lo), reinterpret_cast<F4>(a.hi)}; }
+DIBIT_INLINE I8 add(I8 a, I8 b) { return {a.lo + b.lo, a.hi + b.hi}; }
+DIBIT_INLINE I8 splat_bits(int32_t a) { return {I4{a, a, a, a}, I4{a, a, a, a}}; }
+template <int N>
+DIBIT_INLINE I8 shift_left(I8 a) { return {a.lo << N, a.hi << N}; }
+
+DIBIT_INLINE float sum_lanes(F8 a) {
+  return ((a.lo[0] + a.lo[1]) + (a.lo[2] + a.lo[3])) + ((a.hi[0] + a.hi[1]) + (a.hi[2] + a.hi[3]));
+}
+DIBIT_INLINE void store_sums(float* p, F8 a, F8 b, F8 c, F8 d) {
+  p[0] = sum_lanes(a), p[1] = sum_lanes(b), p[2] = sum_lanes(c), p[3] = sum_lanes(d);
+}
+
+DIBIT_INLINE float from_bits(uint32_t raw) {
+  float a;
+  std::memcpy(&a, &raw, sizeof a);
+  return a;
+}
+DIBIT_INLINE uint32_t to_bits(float a) {
+  uint32_t raw;
+  std::memcpy(&raw, &a, sizeof raw);
+  return raw;
+}
+DIBIT_INLINE float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+  // A half's exponent and mantissa, read as float, are 2^112 too small; the product is exact, subnormals included.
+  return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
+}
+DIBIT_INLINE uint16_t float_to_half(float a) {
+  const uint32_t raw = to_bits(a), sign = raw >> 16 & 0x8000, rest = raw & 0x7fffffff;
+  if (rest > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (rest >> 13 & 0x3ff));
+  if (rest >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
+  // Below the smallest normal half: the sum with 0.5, whose last bit is 2^-24, rounds to a multiple of it.
+  if (rest < 0x38800000) return static_cast<uint16_t>(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000));
+  return static_cast<uint16_t>(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
+}
+DIBIT_INLINE F8 load_half(const uint16_t* p) {
+  float wide[8];
+  for (int i = 0; i < 8; ++i) wide[i] = half_to_float(p[i]);
+  return load(wide);
+}
+DIBIT_INLINE void store_half(uint16_t* p, F8 a) {
+  float wide[8];
+  store(wide, a);
+  for (int i = 0; i < 8; ++i) p[i] = float_to_half(wide[i]);
+}
+DIBIT_INLINE F8 load_bfloat(const uint16_t* p) {
+  float wide[8];
+  for (int i = 0; i < 8; ++i) wide[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
+  return load(wide);
+}
+DIBIT_INLINE void store_bfloat(uint16_t* p, F8 a) {
+  float wide[8];
+  store(wide, a);
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t raw = to_bits(wide[i]);
+    p[i] = wide[i] != wide[i] ? 0x7fc0 : static_cast<uint16_t>((raw + 0x7fff + (raw >> 16 & 1)) >> 16);
+  }
+}
+
+#endif
+
+// The lanes' sum, in store_sums' order.
+DIBIT_INLINE float sum(F8 a) {
+  float sums[4];
+  store_sums(sums, a, a, a, a);
+  return sums[0];
+}
+
+// The lanes' maximum; any number when a lane is NaN.
+DIBIT_INLINE float peak(F8 a) {
+  float lanes[8];
+  store(lanes, a);
+  float most = lanes[0];
+  for (int i = 1; i < 8; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+
+// e^x, relative error below 2e-7 (tests measure it through the ops). e^0 is exactly 1, e^x is 0 below x = -87 (so for
+// -inf) and inf above 88.4, and NaN stays NaN.
+// x log2(e) = n + f with |f| <= 1/2; 2^f by a minimax polynomial of degree 6, 2^n by its exponent bits.
+DIBIT_INLINE F8 exp(F8 x) {
+  const F8 log2e = splat(1.44269502f), log2e_rest = splat(1.92596299e-8f);
+  const F8 round_shift = splat(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
+  const F8 y = min(splat(89.0f), x);
+  const F8 shifted = fma(y, log2e, round_shift);
+  const F8 n = sub(shifted, round_shift);
+  const F8 f = fma(y, log2e_rest, fma(y, log2e, sub(splat(0.0f), n)));
+  F8 p = splat(0x1.41fbbcp-13f);
+  p = fma(p, f, splat(0x1.5f3e54p-10f));
+  p = fma(p, f, splat(0x1.3b2d4cp-7f));
+  p = fma(p, f, splat(0x1.c6aee8p-5f));
+  p = fma(p, f, splat(0x1.ebfbdcp-3f));
+  p = fma(p, f, splat(0x1.62e430p-1f));
+  p = fma(p, f, splat(1.0f));
+  // A product, not an addition to p's exponent: that would turn some NaNs into numbers.
+  const F8 power = floats(add(shift_left<23>(bits(shifted)), splat_bits(0x3f800000)));
+  return zero_where_less(mul(p, power), x, splat(-87.0f));
+}
+
+}  // namespace
+}  // namespace dibit

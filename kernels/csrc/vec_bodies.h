@@ -1,0 +1,55 @@
+// The vector kernels, one table per ISA: loops over a few rows, with no threads, no allocation and no checks in them.
+// vec_avx2.cpp and vec_portable.cpp compile the same *_body.h files and fill the table.
+#pragma once
+#include <cstdint>
+
+namespace dibit {
+
+enum class Real : int { f32, f16, bf16 };  // storage of the KV cache, as kernels/attention_cpu.py numbers it
+
+inline constexpr int kKeyTile = 32;     // keys that one online-softmax update takes in
+inline constexpr float kNoPeak = -3.40282347e38f;  // running maximum before the first key; finite, so that -inf scores
+                                                   // weigh 0 instead of making NaN
+
+// One tile of keys against some query rows; each row's state (peak, total, acc) is updated in place.
+// A row's arithmetic depends on its own query and the keys it sees only, never on the other rows or on `rows`.
+struct KeyTile {
+  const float* const* keys;    // kKeyTile pointers to `width` floats; past the last key, any valid row
+  const float* const* values;
+  const int32_t* visible;      // [rows] keys of the tile that the row sees, 0..kKeyTile
+  int rows;
+  int width;                   // head dim, rounded up to kLanes with zeros
+  const float* q;              // [rows, width], scaled
+  float* peak;                 // [rows] running maximum of the scores
+  float* total;                // [rows] sum of exp(score - peak)
+  float* acc;                  // [rows, width] the same sum weighted by the values
+};
+
+struct VecBodies {
+  void (*attend)(const KeyTile& tile);
+  // Folds a later range's state of one row into an earlier one's.
+  void (*merge)(float* peak, float* total, float* acc, float next_peak, float next_total, const float* next_acc,
+                int width);
+  // out[0, d) = acc / total.
+  void (*finish)(float* out, const float* acc, float total, int d);
+  // Rows of d stored reals to rows of `width` floats, zeros past d.
+  void (*widen)(float* out, const void* rows, Real real, int64_t count, int d, int width);
+
+  // A token's heads rotated: src [heads, d] to dst + head * stride of `real`s. half = 0 only converts.
+  void (*rotate)(void* dst, Real real, int64_t stride, const float* src, int64_t heads, int d, const float* cos,
+                 const float* sin, int half);
+
+  // y = norm(x) * weight, or with a residual: residual += x, y = norm(residual) * weight.
+  void (*rms_norm)(float* y, const float* x, float* residual, const float* weight, int64_t rows, int64_t k, float eps);
+  void (*silu_mul)(float* y, const float* gate_up, int64_t rows, int64_t width);
+};
+
+const VecBodies& vec_bodies_portable();
+#if defined(__x86_64__)
+const VecBodies& vec_bodies_avx2();
+#endif
+
+// The table for this machine.
+const VecBodies& vec_bodies();
+
+}  // namespace dibit

@@ -1,0 +1,22 @@
+#include "activation_body.h"
+#include "attention_body.h"
+#include "isa.h"
+#include "norm_body.h"
+#include "rope_body.h"
+#include "vec_bodies.h"
+
+namespace dibit {
+
+const VecBodies& vec_bodies_portable() {
+  static constexpr VecBodies bodies = {attend, merge, finish, widen, rotate, rms_norm, silu_mul};
+  return bodies;
+}
+
+const VecBodies& vec_bodies() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx2) return vec_bodies_avx2();
+#endif
+  return vec_bodies_portable();
+}
+
+}  // namespace dibit
