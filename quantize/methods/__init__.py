@@ -1,0 +1,27 @@
+"""The quantization methods by name: one file each, and a line here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from dibit.engine.errors import ConfigError
+from dibit.quantize.methods.gptq import GPTQ
+from dibit.quantize.methods.rtn import RTN
+from dibit.quantize.stats import Method
+
+METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ}
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method `name` with `options` as its fields. Raises ConfigError for an unknown name or option."""
+    if name not in METHODS:
+        raise ConfigError(f"quantization method {name!r}; supported: {', '.join(METHODS)}")
+    kind: Any = METHODS[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(f"method {name} has no option {', '.join(unknown)}; it has: {', '.join(known)}")
+    method: Method = kind(**options)
+    return method
