@@ -1,0 +1,223 @@
+"""The one decoder. A `Block` is defined once and run two ways.
+
+`dense` is for training and quantizing: whole sequences [B, T, hidden], plain causal attention, differentiable torch
+ops. `paged` is for serving: a step's tokens [T, hidden] over the paged KV cache, through the kernels resolved at
+load. What stands between norms and attention is pluggable: any callable [.., K] -> [.., N] may be a site's linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dibit.engine.batch import Batch
+from dibit.engine.kv_cache import KVCache
+from dibit.engine.models.spec import Arch, Sizes, norm_names, sites
+from dibit.engine.models.weights import Weights, read_bias, read_float_site, read_tensor
+from dibit.kernels.activation import silu_mul_reference
+from dibit.kernels.dispatch import Backend, resolve
+from dibit.kernels.norm import rms_norm_reference
+from dibit.kernels.rope import rotate
+
+
+class Linear(Protocol):
+    """x [.., K] -> [.., N]."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class FloatLinear:
+    """weight [N, K], bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+@dataclass(slots=True)
+class PackedLinear:
+    """A quantized weight in the layout of the backend whose `run` computes with it; x [M, K] only."""
+
+    run: Callable[[Tensor, Any, Tensor | None], Tensor]
+    weight: Any
+    bias: Tensor | None
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.run(x, self.weight, self.bias)
+
+
+@dataclass(slots=True)
+class SideBySide:
+    """A fused site whose parts have different formats: each segment computed by its own linear."""
+
+    segments: tuple[Linear, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([segment(x) for segment in self.segments], dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The bodies that the serving path runs on, resolved once."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    rope_kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+    paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+    silu_mul: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def resolve(cls, *, device: str, backend: Backend = "auto") -> Ops:
+        """Raises NoKernel when an explicit backend lacks one."""
+        return cls(**{name: resolve(name, device=device, backend=backend).run for name in cls.__slots__})
+
+
+class Block:
+    """Attention and MLP, each behind a norm and added to the residual stream.
+
+    linears    "qkv" (q, k, v side by side), "o", "gate_up" (gate, up), "down"
+    attn_norm  [hidden], mlp_norm [hidden]
+    ops        needed by `paged` only
+    """
+
+    def __init__(
+        self, sizes: Sizes, *, linears: dict[str, Linear], attn_norm: Tensor, mlp_norm: Tensor, ops: Ops | None = None
+    ) -> None:
+        self.sizes = sizes
+        self.linears = linears
+        self.attn_norm = attn_norm
+        self.mlp_norm = mlp_norm
+        self.ops = ops
+        self.scale = sizes.head_dim**-0.5
+
+    def dense(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Whole sequences from position 0: x [B, T, hidden], cos and sin [>= T, D/2] -> [B, T, hidden]."""
+        h = x + self.linears["o"](self._attend(self.linears["qkv"](self._norm(x, self.attn_norm)), cos, sin))
+        gate_up = self.linears["gate_up"](self._norm(h, self.mlp_norm))
+        return h + self.linears["down"](silu_mul_reference(gate_up))
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm_reference(x, weight, self.sizes.norm_eps)
+
+    def _attend(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        sizes = self.sizes
+        b, t, _ = qkv.shape
+        # [B, T, H or KH, D]
+        q = qkv[..., : sizes.q_width].unflatten(-1, (sizes.heads, sizes.head_dim))
+        k, v = qkv[..., sizes.q_width :].unflatten(-1, (2 * sizes.kv_heads, sizes.head_dim)).chunk(2, dim=2)
+        q, k = rotate(q, cos[:t], sin[:t]), rotate(k, cos[:t], sin[:t])
+        repeat = sizes.heads // sizes.kv_heads
+        # [B, H, T, D]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return attended.transpose(1, 2).reshape(b, t, sizes.q_width)
+
+    def paged(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: Batch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step: x [T, hidden] (the last MLP's output) and residual [T, hidden] (None: x is the whole stream)
+        -> the same pair, their sum still owed. `rows` [R] keeps those tokens only once the keys are written."""
+        ops, eps, linears = self.ops, self.sizes.norm_eps, self.linears
+        if ops is None:
+            raise TypeError("this Block was built without serving ops; it can only run `dense`")
+        if residual is None:
+            h, residual = ops.rms_norm(x, self.attn_norm, eps), x
+        else:
+            h, residual = ops.add_rms_norm(x, residual, self.attn_norm, eps)
+        qkv = linears["qkv"](h)
+        q = ops.rope_kv_write(qkv, batch.positions, cos, sin, k_cache, v_cache, batch.slots, self.sizes.heads)
+        attended = ops.paged_attention(
+            q, k_cache, v_cache, batch.cu_seqlens, batch.seq_lens, batch.block_tables, self.scale
+        )
+        if rows is not None:
+            attended, residual = attended[rows], residual[rows]
+        h, residual = ops.add_rms_norm(linears["o"](attended), residual, self.mlp_norm, eps)
+        return linears["down"](ops.silu_mul(linears["gate_up"](h))), residual
+
+
+class Decoder:
+    """Embedding, blocks, final norm, head, ready to serve.
+
+    embedding  ids [T] -> [T, hidden] float32
+    head       hidden states [R, hidden] -> logits [R, vocab]
+    nbytes     bytes of all weights as held
+    quantized  whether the blocks' weights are low-bit
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        sizes: Sizes,
+        *,
+        embedding: Callable[[Tensor], Tensor],
+        blocks: Sequence[Block],
+        final_norm: Tensor,
+        head: Linear,
+        ops: Ops,
+        nbytes: int,
+        quantized: bool,
+        device: torch.device,
+    ) -> None:
+        self.arch = arch
+        self.sizes = sizes
+        self.embedding = embedding
+        self.blocks = tuple(blocks)
+        self.final_norm = final_norm
+        self.head = head
+        self.ops = ops
+        self.nbytes = nbytes
+        self.quantized = quantized
+        self.device = device
+
+    def hidden(self, batch: Batch, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
+        """Run a step, writing its keys and values: normalized final hidden states [R, hidden] of batch.rows."""
+        x, residual = self.embedding(batch.tokens), None
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            rows = batch.rows if i == last else None
+            x, residual = block.paged(x, residual, batch, cache.k[i], cache.v[i], cos, sin, rows)
+        assert residual is not None  # a model has at least one layer
+        return self.ops.add_rms_norm(x, residual, self.final_norm, self.sizes.norm_eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] -> [R, vocab] float32."""
+        return self.head(hidden)
+
+
+def load_float_block(
+    weights: Weights, arch: Arch, sizes: Sizes, layer: int, *, dtype: torch.dtype = torch.float32
+) -> Block:
+    """A block for `dense`, its weights as floats (those of a quantized checkpoint dequantized)."""
+    attn_norm, mlp_norm = (read_tensor(weights, name, (sizes.hidden,), dtype) for name in norm_names(arch, layer))
+    linears: dict[str, Linear] = {
+        site.key: FloatLinear(read_float_site(weights, site, dtype), read_bias(weights, site, dtype))
+        for site in sites(arch, sizes, layer)
+    }
+    return Block(sizes, linears=linears, attn_norm=attn_norm, mlp_norm=mlp_norm)
+
+
+def load_embedding(weights: Weights, arch: Arch, sizes: Sizes, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The token embedding [vocab, hidden]."""
+    return read_tensor(weights, f"{arch.embedding}.weight", (sizes.vocab, sizes.hidden), dtype)
