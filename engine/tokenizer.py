@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dibit.engine.byte_rule import ByteRule
+from dibit.engine.chat_end import chat_end_ids
 from dibit.engine.detokenizer import IncrementalDetokenizer
 from dibit.engine.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     import tokenizers
 
-# Tokens that end a chat turn, for models whose files name only the end of a document.
-CHAT_END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|eot|>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer(Protocol):
@@ -135,11 +136,6 @@ def load_tokenizer_directory(
     return HFTokenizer(hf, backend, frozenset(eos), name=name)
 
 
-def chat_end_ids(special: Mapping[str, int], template: str) -> set[int]:
-    """Ids of the special tokens, known by name, with which the chat template closes a turn."""
-    return {special[token] for token in CHAT_END_TOKENS if token in special and token in template}
-
-
 class HFTokenizer:
     """A `Tokenizer` over a fast tokenizer of transformers."""
 
@@ -166,14 +162,14 @@ class HFTokenizer:
         return self._vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
+        surrogate = _SURROGATE.search(text)
+        if surrogate is not None:
             raise RequestError(
-                f"the text holds an unpaired surrogate (U+{ord(text[error.start]):04X} at character {error.start}), "
-                "which is not valid Unicode; remove it",
+                f"the text holds an unpaired surrogate (U+{ord(surrogate.group()):04X} at character "
+                f"{surrogate.start()}), which is not valid Unicode; remove it",
                 param="prompt",
-            ) from None
+            )
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
