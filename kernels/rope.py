@@ -53,4 +53,4 @@ def rope_kv_write_reference(
     block, offset = slots[kept] // block_size, slots[kept] % block_size
     k_cache[block, :, offset] = k[kept].to(k_cache.dtype)
     v_cache[block, :, offset] = v[kept].to(v_cache.dtype)
-    return q.reshape(q.shape[0], -1)
+    return q.flatten(1)
