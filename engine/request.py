@@ -40,7 +40,12 @@ class TokenLogprob:
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """State of one sequence. `seed` is always set: the caller's, or one drawn on arrival."""
+    """State of one sequence. `seed` is always set: the caller's, or one drawn on arrival.
+
+    Requests share cached prefixes only under the same `cache_salt`. `num_cached` counts the prompt tokens that were
+    found in the cache on entry; `block_keys` are the prefix-cache keys of the leading full blocks, as far as known,
+    and `num_indexed` of the blocks held are findable (or known to have a findable twin).
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -48,6 +53,7 @@ class Request:
     max_tokens: int
     seed: int
     eos_ids: frozenset[int] = frozenset()
+    cache_salt: str = ""
     arrival_s: float = 0.0
 
     status: Status = Status.WAITING
@@ -57,6 +63,8 @@ class Request:
     num_computed: int = 0
     num_cached: int = 0
     block_ids: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    num_indexed: int = 0
     num_preemptions: int = 0
 
     def __post_init__(self) -> None:

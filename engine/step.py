@@ -26,8 +26,9 @@ class Chunk:
 
     @property
     def samples(self) -> bool:
-        """Whether the step ends at the request's last known token, so that a next one is drawn."""
-        return self.stop == self.request.num_tokens
+        """Whether the chunk ends at the request's last known token, so that a next one is drawn. A request that
+        wants no output (max_tokens 0: its prompt is only scored) draws none."""
+        return self.stop == self.request.num_tokens and self.request.max_tokens > 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,30 @@
+"""From a model's name to an engine: the one place where checkpoint, tokenizer, decoder and runner meet the core."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dibit.engine.async_engine import AsyncEngine
+from dibit.engine.config import EngineConfig
+from dibit.engine.core import EngineCore
+
+
+def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
+    """Loads `model` (a directory, a .gguf file, a Hub id or "demo"). Raises CheckpointError or ConfigError."""
+    from dibit.engine.checkpoint import open_checkpoint, resolve_model
+    from dibit.engine.loader import load_decoder
+    from dibit.engine.runner import ModelRunner
+    from dibit.engine.tokenizer import load_tokenizer
+
+    checkpoint = open_checkpoint(resolve_model(str(model)))
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+        decoder = load_decoder(checkpoint, config=config)
+    finally:
+        checkpoint.close()
+    return EngineCore(ModelRunner(decoder, config), tokenizer, config)
+
+
+def build_engine(model: str | Path, config: EngineConfig, *, model_name: str | None = None) -> AsyncEngine:
+    """`build_core` behind a thread that is not started yet. Callers are told `model_name` (by default `model`)."""
+    return AsyncEngine(build_core(model, config), model_name=model_name or str(model))

