@@ -116,8 +116,8 @@ class Block:
         sizes = self.sizes
         b, t, _ = qkv.shape
         # [B, T, H or KH, D]
-        q = qkv[..., : sizes.q_width].unflatten(-1, (sizes.heads, sizes.head_dim))
-        k, v = qkv[..., sizes.q_width :].unflatten(-1, (2 * sizes.kv_heads, sizes.head_dim)).chunk(2, dim=2)
+        q = qkv[..., : sizes.q_width].view(b, t, sizes.heads, sizes.head_dim)
+        k, v = qkv[..., sizes.q_width :].view(b, t, 2 * sizes.kv_heads, sizes.head_dim).chunk(2, dim=2)
         q, k = rotate(q, cos[:t], sin[:t]), rotate(k, cos[:t], sin[:t])
         repeat = sizes.heads // sizes.kv_heads
         # [B, H, T, D]

@@ -1,0 +1,229 @@
+"""A checkpoint becomes a Decoder: tensor by tensor, packed for the backend, the source let go at once.
+
+At no time is there more than the packed model so far, the parts of one fused site, and what its packing needs. The
+embedding, the largest tensor, comes first, while little else is held.
+
+Unquantized checkpoints are computed in float32. Under low-bit weights the token embedding and the head are held at 8
+bits (RTN, asymmetric, groups of 64 columns or a divisor), once if they are tied; head_bits=16 keeps their floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dibit.engine.config import EngineConfig
+from dibit.engine.errors import CheckpointError, ConfigError
+from dibit.engine.models import resolve_arch
+from dibit.engine.models.decoder import Block, Decoder, FloatLinear, Linear, Ops, PackedLinear, SideBySide
+from dibit.engine.models.spec import Arch, LinearSite, Part, Sizes, norm_names, sites
+from dibit.engine.models.weights import Weights, check_names, read_bias, read_float_site, read_linear, read_tensor
+from dibit.kernels.dispatch import NoKernel, Resolved, resolve
+from dibit.kernels.formats import PER_CHANNEL, Format, FormatError, QTensor
+
+HEAD_GROUPS = (64, 32, 16)
+CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FloatEmbedding:
+    """Rows of `weight` [vocab, hidden], in its stored type, as float32."""
+
+    weight: Tensor
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).float()
+
+
+@dataclass(frozen=True, slots=True)
+class PackedEmbedding:
+    """Rows of a quantized table in the layout of the backend's qlinear."""
+
+    run: Callable[[Tensor, Any], Tensor]
+    weight: Any
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        rows: Tensor = self.run(ids, self.weight)
+        return rows
+
+
+def resolve_device(config: EngineConfig) -> torch.device:
+    """The device to serve on; "auto" is the CPU, which has the fast kernels. Raises ConfigError without a GPU."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda, and torch finds no NVIDIA GPU; use device cpu, or install a CUDA build")
+    return torch.device("cuda" if config.device == "cuda" else "cpu")
+
+
+def load_decoder(
+    weights: Weights,
+    *,
+    config: EngineConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """Read, check and pack a model. `progress(done, layers)` is called after each block.
+
+    Raises CheckpointError for tensors that are missing, unknown or of the wrong shape, ConfigError for a backend that
+    cannot run here.
+    """
+    config = config or EngineConfig()
+    arch, sizes = resolve_arch(weights.config)
+    check_names(weights, arch, sizes)
+    try:
+        return _Loader(weights, arch, sizes, config).decoder(progress)
+    except NoKernel as error:
+        raise ConfigError(f"{error}; choose another backend, or auto") from error
+    except FormatError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def is_quantized(weights: Weights, arch: Arch, sizes: Sizes) -> bool:
+    """Whether any linear of the blocks is low-bit (headers only)."""
+    return any(
+        weights.linear_format(part.module) is not None
+        for layer in range(sizes.layers)
+        for site in sites(arch, sizes, layer)
+        for part in site.parts
+    )
+
+
+def head_format(hidden: int) -> Format:
+    """Format of an embedding or head held at 8 bits."""
+    return Format(8, next((g for g in HEAD_GROUPS if hidden % g == 0), PER_CHANNEL))
+
+
+def round_to_nearest(w: Tensor, format: Format) -> QTensor:
+    """RTN of `w` [N, K] float, a slice of rows at a time, so that no float32 copy of the whole ever exists."""
+    n, k = w.shape
+    groups = format.groups(k)
+    codes = torch.empty(n, k, dtype=torch.uint8)
+    zeros = torch.empty(n, groups, dtype=torch.uint8)
+    scales = torch.empty(n, groups, dtype=torch.float16)
+    rows = max(1, CHUNK_ELEMENTS // k)
+    for start in range(0, n, rows):
+        chunk = w[start : start + rows].float()
+        chunk_scales, chunk_zeros = format.ranges(chunk)
+        part = format.encode(chunk, chunk_scales, chunk_zeros)
+        codes[start : start + rows] = part.codes
+        zeros[start : start + rows] = part.zeros
+        scales[start : start + rows] = part.scales
+    return QTensor(codes, zeros, scales, format)
+
+
+class _Loader:
+    def __init__(self, weights: Weights, arch: Arch, sizes: Sizes, config: EngineConfig) -> None:
+        self.weights = weights
+        self.arch = arch
+        self.sizes = sizes
+        self.config = config
+        self.device = resolve_device(config)
+        self.quantized = is_quantized(weights, arch, sizes)
+        self.ops = Ops.resolve(device=self.device.type, backend=config.backend)
+        self.nbytes = 0
+
+    def decoder(self, progress: Callable[[int, int], None] | None) -> Decoder:
+        embedding, head = self._ends()
+        blocks = []
+        for layer in range(self.sizes.layers):
+            blocks.append(self._block(layer))
+            if progress is not None:
+                progress(layer + 1, self.sizes.layers)
+        return Decoder(
+            self.arch,
+            self.sizes,
+            embedding=embedding,
+            blocks=blocks,
+            final_norm=self._norm(f"{self.arch.final_norm}.weight"),
+            head=head,
+            ops=self.ops,
+            nbytes=self.nbytes,
+            quantized=self.quantized,
+            device=self.device,
+        )
+
+    def _ends(self) -> tuple[Callable[[Tensor], Tensor], Linear]:
+        sizes, low_bit = self.sizes, self.quantized and self.config.head_bits == 8
+        name, shape = f"{self.arch.embedding}.weight", (sizes.vocab, sizes.hidden)
+        if not low_bit:
+            dtype = torch.float32 if sizes.tied_head else self.weights.info(name).dtype
+            table = self._held(read_tensor(self.weights, name, shape, dtype))
+            embedding = FloatEmbedding(table)
+            return embedding, FloatLinear(table) if sizes.tied_head else self._head()
+        packed = self._pack(round_to_nearest(self._stored(name, shape), head_format(sizes.hidden)))
+        rows = self._resolve("embedding", head_format(sizes.hidden))
+        return PackedEmbedding(rows.run, packed.weight), packed if sizes.tied_head else self._head()
+
+    def _head(self) -> Linear:
+        part = Part(self.arch.head, self.sizes.vocab)
+        found = read_linear(self.weights, part, self.sizes.hidden)
+        if isinstance(found, QTensor):
+            return self._pack(found)
+        if self.quantized and self.config.head_bits == 8:
+            return self._pack(round_to_nearest(found, head_format(self.sizes.hidden)))
+        return FloatLinear(self._held(found.float()))
+
+    def _block(self, layer: int) -> Block:
+        attn_norm, mlp_norm = (self._norm(name) for name in norm_names(self.arch, layer))
+        linears = {site.key: self._site(site) for site in sites(self.arch, self.sizes, layer)}
+        return Block(self.sizes, linears=linears, attn_norm=attn_norm, mlp_norm=mlp_norm, ops=self.ops)
+
+    def _site(self, site: LinearSite) -> Linear:
+        """Neighbouring parts of one format become one weight; a site of several formats, several side by side."""
+        segments: list[Linear] = []
+        for packed, parts in groupby(site.parts, key=lambda part: self.weights.linear_format(part.module)):
+            run = tuple(parts)
+            segment = LinearSite(site.name, run, sum(part.n for part in run), site.k, site.input, site.bias)
+            bias = read_bias(self.weights, segment)
+            bias = None if bias is None else self._held(bias)
+            if packed is None:
+                segments.append(FloatLinear(self._held(read_float_site(self.weights, segment)), bias))
+            else:
+                segments.append(self._pack(self._fused(segment, packed), bias))
+        return segments[0] if len(segments) == 1 else SideBySide(tuple(segments))
+
+    def _fused(self, site: LinearSite, format: Format) -> QTensor:
+        if len(site.parts) == 1:
+            return self._quantized(site.parts[0], site.k, format)
+        codes = torch.empty(site.n, site.k, dtype=torch.uint8)
+        zeros, scales, start = [], [], 0
+        for part in site.parts:
+            found = self._quantized(part, site.k, format)
+            codes[start : start + part.n] = found.codes
+            zeros.append(found.zeros)
+            scales.append(found.scales)
+            start += part.n
+        return QTensor(codes, torch.cat(zeros), torch.cat(scales), format)
+
+    def _quantized(self, part: Part, k: int, format: Format) -> QTensor:
+        found = read_linear(self.weights, part, k)
+        if not isinstance(found, QTensor) or found.format != format:
+            raise CheckpointError(f"{part.module} is not {format.name} as the checkpoint's headers say; it is broken")
+        return found
+
+    def _pack(self, w: QTensor, bias: Tensor | None = None) -> PackedLinear:
+        chosen = self._resolve("qlinear", w.format)
+        if self.device.type != "cpu":
+            w = QTensor(w.codes.to(self.device), w.zeros.to(self.device), w.scales.to(self.device), w.format)
+        weight = w if chosen.pack is None else chosen.pack(w)
+        nbytes = sum(tensor.nbytes for tensor in (weight.codes, weight.zeros, weight.scales))
+        self.nbytes += nbytes
+        return PackedLinear(chosen.run, weight, bias, nbytes)
+
+    def _resolve(self, op: str, format: Format) -> Resolved:
+        return resolve(op, device=self.device.type, backend=self.config.backend, format=format)
+
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return read_tensor(self.weights, name, shape, self.weights.info(name).dtype)
+
+    def _norm(self, name: str) -> Tensor:
+        return self._held(read_tensor(self.weights, name, (self.sizes.hidden,)))
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        kept = tensor.to(self.device).contiguous()
+        self.nbytes += kept.nbytes
+        return kept

@@ -1,0 +1,246 @@
+"""What a model will need, from headers alone: weights as they will be held, KV cache, working memory.
+
+The runner sizes its cache by the same functions, so a plan that says "fits" is what happens. Sizes of packed weights
+are those of the backend's layout; a test holds them to what a load really makes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from dibit.engine.config import EngineConfig
+from dibit.engine.errors import ConfigError
+from dibit.engine.kv_cache import block_bytes, kv_dtype
+from dibit.engine.loader import head_format, is_quantized, resolve_device
+from dibit.engine.models import resolve_arch
+from dibit.engine.models.spec import Arch, LinearSite, Sizes, sites
+from dibit.engine.models.weights import Weights
+from dibit.kernels.dispatch import NoKernel, resolve
+from dibit.kernels.formats import Format
+
+LOGIT_BYTES = 64 << 20
+"""Most that the logits of one pass through the head may take; more rows go in slices."""
+
+PANEL_ROWS = 16
+CGROUP = Path("/sys/fs/cgroup")
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """The KV cache that an engine will have. `note` says why the context is shorter than the model's, if it is."""
+
+    max_model_len: int
+    num_blocks: int
+    block_bytes: int
+    dtype: torch.dtype
+    note: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that serving takes, against what is free, and what fits.
+
+    weight_bytes        every weight as held; embedding_bytes (embedding and head) is part of it
+    kv_bytes            the KV cache of max_model_len and num_blocks; 0 when nothing fits
+    activation_bytes    working memory of a step at its largest, logits included
+    largest_context     longest single sequence that fits, at most model_max_positions
+    largest_batch       sequences of max_model_len that fit at once
+    refusal             why the settings do not fit here, or None
+    """
+
+    weight_bytes: int
+    embedding_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    activation_bytes: int
+    total_bytes: int
+    free_bytes: int
+    max_model_len: int
+    model_max_positions: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    largest_context: int
+    largest_batch: int
+    note: str | None
+    refusal: str | None
+
+    @property
+    def fits(self) -> bool:
+        return self.refusal is None
+
+    def batch_at(self, context: int) -> int:
+        """Sequences of `context` tokens that fit at once."""
+        blocks = -(-context // self.block_size)
+        return self._affordable_blocks // blocks
+
+    @property
+    def _affordable_blocks(self) -> int:
+        left = self.free_bytes - self.weight_bytes - self.activation_bytes
+        return max(0, left) // (self.kv_bytes_per_token * self.block_size)
+
+
+def free_memory(device: torch.device | None = None) -> int:
+    """Bytes that this process may still take: what the system can give, within its control group's limit."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free
+    if not limit.isdigit():
+        return free
+    # The page cache counts as used and is given back on demand.
+    return max(0, min(free, int(limit) - used + int(statistics.get("inactive_file", 0))))
+
+
+def size_cache(sizes: Sizes, config: EngineConfig, *, quantized: bool, free_bytes: int) -> CacheSize:
+    """How long a sequence and how many blocks, given what is free once the weights are held.
+
+    Raises ConfigError with the numbers when a setting cannot hold: a context beyond the model's, or a cache that has
+    no room for one sequence of the length that was asked for.
+    """
+    dtype = kv_dtype(config.kv_type, quantized=quantized)
+    per_block = block_bytes(sizes, block_size=config.block_size, dtype=dtype)
+    longest = config.max_model_len or sizes.max_positions
+    if longest > sizes.max_positions:
+        raise ConfigError(
+            f"max_model_len is {longest}; this model supports up to {sizes.max_positions} positions. Lower it"
+        )
+    if config.kv_bytes is not None and config.kv_bytes > free_bytes:
+        raise ConfigError(
+            f"kv_bytes is {config.kv_bytes}, and only {free_bytes} bytes are free; lower kv_bytes, or free some memory"
+        )
+    budget = int(free_bytes * config.kv_memory_share) if config.kv_bytes is None else config.kv_bytes
+    affordable = max(0, budget) // per_block
+    needed = -(-longest // config.block_size)
+    note = None
+    if affordable < needed:
+        source = (
+            "kv_bytes"
+            if config.kv_bytes is not None
+            else f"{config.kv_memory_share:.0%} of {free_bytes / _GB:.2f} GB free memory"
+        )
+        found = (
+            f"one sequence of {longest} tokens needs {needed * per_block / _GB:.3f} GB of KV cache "
+            f"({per_block // config.block_size} bytes a token), and {source} allows {max(0, budget) / _GB:.3f} GB"
+        )
+        if config.max_model_len is not None or affordable < 1:
+            raise ConfigError(
+                f"{found}: room for {affordable * config.block_size} tokens. Lower max_model_len, raise kv_bytes or "
+                "kv_memory_share, or choose a smaller kv_type"
+            )
+        longest = affordable * config.block_size
+        note = f"{found}; the context is limited to {longest} tokens"
+    blocks = affordable if config.kv_bytes is not None else min(affordable, needed * config.max_num_seqs)
+    return CacheSize(longest, blocks, per_block, dtype, note)
+
+
+def activation_bytes(sizes: Sizes, config: EngineConfig, *, max_model_len: int) -> int:
+    """Working memory of the largest step: hidden states in float32, logits with the sampler's copies, rope tables."""
+    per_token = 4 * (6 * sizes.hidden + 2 * sizes.q_width + 2 * sizes.kv_width + 3 * sizes.intermediate)
+    logits = min(LOGIT_BYTES, 4 * sizes.vocab * max(config.max_num_seqs, config.max_batch_tokens))
+    return per_token * config.max_batch_tokens + 4 * logits + 4 * max_model_len * sizes.rope.dim
+
+
+def plan_memory(weights: Weights, *, config: EngineConfig | None = None, free_bytes: int | None = None) -> MemoryPlan:
+    """What serving this checkpoint with these settings takes. Reads headers only.
+
+    free_bytes  memory to plan within (None: what is free now)
+    Raises CheckpointError for a model that cannot be read, ConfigError for a backend or device that cannot run here;
+    a model that does not fit is no error, `refusal` says it.
+    """
+    config = config or EngineConfig()
+    arch, sizes = resolve_arch(weights.config)
+    quantized = is_quantized(weights, arch, sizes)
+    free = free_memory(resolve_device(config)) if free_bytes is None else free_bytes
+    ends = _end_bytes(weights, arch, sizes, config, quantized=quantized)
+    norms = 4 * sizes.hidden * (2 * sizes.layers + 1)
+    linears = sum(
+        _site_bytes(weights, site, config) for layer in range(sizes.layers) for site in sites(arch, sizes, layer)
+    )
+    held = ends + norms + linears
+    work = activation_bytes(sizes, config, max_model_len=config.max_model_len or sizes.max_positions)
+    after = free - held - work
+    refusal = None
+    per_block = block_bytes(sizes, block_size=config.block_size, dtype=kv_dtype(config.kv_type, quantized=quantized))
+    try:
+        if after < 0:
+            raise ConfigError(
+                f"weights ({held / _GB:.2f} GB) and working memory ({work / _GB:.2f} GB) exceed the "
+                f"{free / _GB:.2f} GB that are free; use fewer bits, a smaller model, or a machine with more memory"
+            )
+        cache = size_cache(sizes, config, quantized=quantized, free_bytes=after)
+        context, blocks, note = cache.max_model_len, cache.num_blocks, cache.note
+    except ConfigError as error:
+        context, blocks, note = config.max_model_len or sizes.max_positions, 0, None
+        refusal = str(error)
+    affordable = max(0, after) // per_block
+    return MemoryPlan(
+        weight_bytes=held,
+        embedding_bytes=ends,
+        kv_bytes=blocks * per_block,
+        kv_bytes_per_token=per_block // config.block_size,
+        activation_bytes=work,
+        total_bytes=held + work + blocks * per_block,
+        free_bytes=free,
+        max_model_len=context,
+        model_max_positions=sizes.max_positions,
+        num_blocks=blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        largest_context=min(sizes.max_positions, affordable * config.block_size),
+        largest_batch=affordable // -(-context // config.block_size),
+        note=note,
+        refusal=refusal,
+    )
+
+
+def packed_bytes(n: int, k: int, format: Format, *, config: EngineConfig) -> int:
+    """Bytes of a quantized weight [n, k] as the backend that will run it holds it."""
+    device = resolve_device(config).type
+    try:
+        backend = resolve("qlinear", device=device, backend=config.backend, format=format).backend
+    except NoKernel as error:
+        raise ConfigError(f"{error}; choose another backend, or auto") from error
+    groups = format.groups(k)
+    if backend == "cpu":
+        rows = -(-n // PANEL_ROWS) * PANEL_ROWS
+        return rows * (-(-k * format.bits // 8) + 3 * groups)
+    return n * (k + 3 * groups)
+
+
+def _site_bytes(weights: Weights, site: LinearSite, config: EngineConfig) -> int:
+    total = 4 * site.n if site.bias else 0
+    for part in site.parts:
+        packed = weights.linear_format(part.module)
+        total += 4 * part.n * site.k if packed is None else packed_bytes(part.n, site.k, packed, config=config)
+    return total
+
+
+def _end_bytes(weights: Weights, arch: Arch, sizes: Sizes, config: EngineConfig, *, quantized: bool) -> int:
+    """Embedding and head."""
+    elements = sizes.vocab * sizes.hidden
+    if quantized and config.head_bits == 8:
+        one = packed_bytes(sizes.vocab, sizes.hidden, head_format(sizes.hidden), config=config)
+    else:
+        one = 4 * elements
+    if sizes.tied_head:
+        return one
+    head = weights.linear_format(arch.head)
+    second = one if head is None else packed_bytes(sizes.vocab, sizes.hidden, head, config=config)
+    if not (quantized and config.head_bits == 8):
+        one = elements * weights.info(f"{arch.embedding}.weight").dtype.itemsize
+    return one + second

@@ -1,0 +1,169 @@
+"""The Runner that owns a model and its KV cache: a step in, tokens out.
+
+Logits are computed for the rows that need them and no others: the last token of a chunk that samples, and the tokens
+of prompts whose log-probabilities were asked for, these in slices of at most 64 MB.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dibit.engine.batch import Batch, build_batch
+from dibit.engine.config import EngineConfig
+from dibit.engine.kv_cache import allocate
+from dibit.engine.memory_plan import LOGIT_BYTES, activation_bytes, free_memory, size_cache
+from dibit.engine.models.decoder import Decoder
+from dibit.engine.request import Request, TokenLogprob
+from dibit.engine.sampler import prompt_logprobs, sample
+from dibit.engine.step import Chunk, Sampled, Step, StepResult
+from dibit.kernels import native
+
+log = logging.getLogger(__name__)
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Which of a step's tokens need logits: `index` holds one per request of `sampling`, then the prompt spans."""
+
+    index: list[int]
+    sampling: list[Request]
+    spans: list[tuple[Chunk, int]]
+
+
+class ModelRunner:
+    """Implements step.Runner. Raises ConfigError when the cache that the settings ask for has no room.
+
+    free_bytes  memory that the cache may be taken from (None: what is free now, with the weights already held)
+    """
+
+    def __init__(self, decoder: Decoder, config: EngineConfig, *, free_bytes: int | None = None) -> None:
+        self.decoder = decoder
+        self.config = config
+        sizes = decoder.sizes
+        free = free_memory(decoder.device) if free_bytes is None else free_bytes
+        free -= activation_bytes(sizes, config, max_model_len=config.max_model_len or sizes.max_positions)
+        size = size_cache(sizes, config, quantized=decoder.quantized, free_bytes=free)
+        if size.note is not None:
+            log.warning("%s", size.note)
+        self.threads = set_threads(config, decoder)
+        self._max_model_len = size.max_model_len
+        self._rows_per_slice = max(1, LOGIT_BYTES // (4 * sizes.vocab))
+        cos, sin = sizes.rope.tables(size.max_model_len)
+        self._cos, self._sin = cos.to(decoder.device), sin.to(decoder.device)
+        self.cache = allocate(
+            sizes,
+            num_blocks=size.num_blocks,
+            block_size=config.block_size,
+            dtype=size.dtype,
+            device=decoder.device,
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return self.cache.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return self.cache.block_size
+
+    @property
+    def max_model_len(self) -> int:
+        return self._max_model_len
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> StepResult:
+        """Compute a step. Faults of single rows are in `failed`; anything else raises."""
+        rows = _rows(step)
+        everything = len(rows.index) == step.num_tokens and not rows.spans
+        batch = build_batch(
+            step, block_size=self.block_size, rows=None if everything else rows.index, device=self.decoder.device
+        )
+        hidden = self.decoder.hidden(batch, self.cache, self._cos, self._sin)
+        sampled: dict[str, Sampled] = {}
+        failed: dict[str, str] = {}
+        for start in range(0, len(rows.sampling), self._rows_per_slice):
+            requests = rows.sampling[start : start + self._rows_per_slice]
+            logits = self.decoder.logits(hidden[start : start + len(requests)])
+            for request, outcome in zip(requests, sample(logits, requests), strict=True):
+                if isinstance(outcome, Exception):
+                    failed[request.id] = f"{type(outcome).__name__}: {outcome}"
+                else:
+                    sampled[request.id] = outcome
+        scored: dict[str, tuple[TokenLogprob, ...]] = {}
+        first = len(rows.sampling)
+        for chunk, count in rows.spans:
+            scored[chunk.request.id] = self._score(chunk, hidden[first : first + count])
+            first += count
+        return StepResult(sampled=sampled, prompt_logprobs=scored, failed=failed)
+
+    def _score(self, chunk: Chunk, hidden: Tensor) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of the prompt tokens that follow the chunk's own."""
+        top = chunk.request.params.prompt_logprobs or 0
+        found: list[TokenLogprob] = []
+        for start in range(0, hidden.shape[0], self._rows_per_slice):
+            piece = hidden[start : start + self._rows_per_slice]
+            first = chunk.start + start + 1
+            targets = chunk.request.prompt_ids[first : first + piece.shape[0]]
+            found += prompt_logprobs(self.decoder.logits(piece), targets, top)
+        return tuple(found)
+
+    @torch.inference_mode()
+    def warm_up(self) -> float:
+        """Run a prefill and a decode step that write nothing, so that the first request finds threads started and
+        weights in memory. Returns the seconds it took."""
+        began = time.monotonic()
+        device = self.decoder.device
+        for tokens in (min(WARM_UP_TOKENS, self.max_model_len, self.config.max_batch_tokens), 1):
+            blocks = -(-tokens // self.block_size)
+            batch = Batch(
+                tokens=torch.zeros(tokens, dtype=torch.int64, device=device),
+                positions=torch.arange(tokens, device=device),
+                slots=torch.full((tokens,), -1, dtype=torch.int64, device=device),
+                cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+                seq_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
+                block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
+                rows=torch.tensor([tokens - 1], device=device),
+            )
+            self.decoder.logits(self.decoder.hidden(batch, self.cache, self._cos, self._sin))
+        return time.monotonic() - began
+
+
+def set_threads(config: EngineConfig, decoder: Decoder) -> int:
+    """Size the thread pools of this process for a model, and return the number of compute threads.
+
+    Under low-bit weights all heavy ops are native and torch is left one thread: workers of two pools that spin on
+    the same cores slow both down. Float linears are torch's, so there both pools get every thread.
+    """
+    threads = config.threads or native.usable_cores()
+    uses_native = config.backend != "reference" and decoder.device.type == "cpu" and native.unavailable() is None
+    if uses_native:
+        native.set_threads(threads)
+    torch.set_num_threads(1 if uses_native and decoder.quantized else threads)
+    return threads
+
+
+def _rows(step: Step) -> _Rows:
+    index: list[int] = []
+    sampling: list[Request] = []
+    spans: list[tuple[Chunk, int]] = []
+    span_rows: list[int] = []
+    first = 0
+    for chunk in step.chunks:
+        request = chunk.request
+        if chunk.samples:
+            index.append(first + chunk.count - 1)
+            sampling.append(request)
+        if request.params.prompt_logprobs is not None:
+            count = min(chunk.stop, request.num_prompt - 1) - chunk.start
+            if count > 0:
+                spans.append((chunk, count))
+                span_rows += range(first, first + count)
+        first += chunk.count
+    return _Rows(index + span_rows, sampling, spans)
