@@ -33,7 +33,7 @@ _CODE_TOO_LARGE = 2
 class QWeightStruct(ctypes.Structure):
     """`QWeight` of csrc/qlinear.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
@@ -76,26 +76,25 @@ def block_columns(format: Format) -> int:
 def pack(w: QTensor) -> CpuQWeight:
     """The cpu layout of `w`. Raises FormatError for tensors elsewhere, an empty matrix, or codes beyond the width."""
     n, k = w.shape
-    format = w.format
     if n == 0 or k == 0:
         raise FormatError(f"a weight of shape [{n}, {k}]; expected at least one row and one column")
     for name, tensor in (("codes", w.codes), ("zeros", w.zeros), ("scales", w.scales)):
         if tensor.device.type != "cpu":
             raise FormatError(f"{name} on {tensor.device}; the cpu backend packs tensors in main memory")
-    if int(w.zeros.max()) > format.qmax:
+    if int(w.zeros.max()) > w.format.qmax:
         raise FormatError(
-            f"a zero point of {int(w.zeros.max())} in {format.name}; at most {format.qmax} fits"
+            f"a zero point of {int(w.zeros.max())} in {w.format.name}; at most {w.format.qmax} fits"
         )
-    block = block_columns(format)
+    block = block_columns(w.format)
     # A unit of 3-bit codes spans 32 columns, two blocks when groups have 16.
-    unit = max(block, 32) if format.bits == 3 else block
+    unit = max(block, 32) if w.format.bits == 3 else block
     padded = -(-k // unit) * unit
     blocks = padded // block
-    blocks_per_group = blocks if format.group_size == PER_CHANNEL else format.group_size // block
+    blocks_per_group = blocks if w.format.group_size == PER_CHANNEL else w.format.group_size // block
     groups = blocks // blocks_per_group
     panels = -(-n // PANEL_ROWS)
     scales = _narrow(w.scales).contiguous()
-    codes = torch.empty(panels, padded * PANEL_ROWS * format.bits // 8, dtype=torch.uint8)
+    codes = torch.empty(panels, padded * PANEL_ROWS * w.format.bits // 8, dtype=torch.uint8)
     zeros_out = torch.empty(panels, groups, PANEL_ROWS, dtype=torch.uint8)
     scales_out = torch.empty(panels, groups, PANEL_ROWS, dtype=scales.dtype)
     struct = QWeightStruct(
@@ -109,7 +108,7 @@ def pack(w: QTensor) -> CpuQWeight:
         blocks=blocks,
         groups=groups,
         blocks_per_group=blocks_per_group,
-        bits=format.bits,
+        bits=w.format.bits,
         scale_bytes=scales.element_size(),
     )
     source = w.codes.contiguous()
@@ -118,10 +117,14 @@ def pack(w: QTensor) -> CpuQWeight:
         ctypes.byref(struct), source.data_ptr(), zeros.data_ptr(), scales.data_ptr(), w.zeros.shape[1]
     )
     if status == _CODE_TOO_LARGE:
-        raise FormatError(f"codes up to {int(w.codes.max())} in {format.name}; at most {format.qmax} fits")
+        raise FormatError(
+            f"codes up to {int(w.codes.max())} in {w.format.name}; at most {w.format.qmax} fits"
+        )
     if status != 0:
-        raise native.NativeError(f"dibit_qlinear_pack refused [{n}, {k}] in {format.name} (status {status})")
-    return CpuQWeight(codes, zeros_out, scales_out, n, k, format, struct)
+        raise native.NativeError(
+            f"dibit_qlinear_pack refused [{n}, {k}] in {w.format.name} (status {status})"
+        )
+    return CpuQWeight(codes, zeros_out, scales_out, n, k, w.format, struct)
 
 
 def qlinear(x: Tensor, w: CpuQWeight, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ enum Status { kOk = 0, kBadLayout = 1, kCodeTooLarge = 2, kBadId = 3, kNoMemory 
 
 const QKernels& kernels() {
 #if defined(__x86_64__)
-  if (isa() == Isa::avx2) return avx2_kernels();
+  if (isa() == Isa::avx2) return avx512_vnni() ? avx512_kernels() : avx2_kernels();
 #endif
   return portable_kernels();
 }

@@ -72,8 +72,28 @@ const QKernels& portable_kernels();
 #if defined(__x86_64__)
 const QKernels& avx2_kernels();
 const QKernels& avx512_kernels();
+// The activations of the AVX-512 body too: a division per element bounds it.
 void quantize_avx2(const float* x, const QWeight& w, int8_t* codes, float* scales, float* sums);
 #endif
+
+// Calls body<bits, block> for the shape of `w`.
+#define DIBIT_BY_SHAPE(body, ...)                          \
+  do {                                                     \
+    switch (w.bits * 100 + w.block) {                      \
+      case 216: return body<2, 16>(__VA_ARGS__);           \
+      case 232: return body<2, 32>(__VA_ARGS__);           \
+      case 264: return body<2, 64>(__VA_ARGS__);           \
+      case 316: return body<3, 16>(__VA_ARGS__);           \
+      case 332: return body<3, 32>(__VA_ARGS__);           \
+      case 364: return body<3, 64>(__VA_ARGS__);           \
+      case 416: return body<4, 16>(__VA_ARGS__);           \
+      case 432: return body<4, 32>(__VA_ARGS__);           \
+      case 464: return body<4, 64>(__VA_ARGS__);           \
+      case 816: return body<8, 16>(__VA_ARGS__);           \
+      case 832: return body<8, 32>(__VA_ARGS__);           \
+      default: return body<8, 64>(__VA_ARGS__);            \
+    }                                                      \
+  } while (false)
 
 static inline float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16;

@@ -27,8 +27,10 @@ DIBIT_INLINE __m256i broadcast4(const int8_t* p) {
   return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p)));
 }
 
+// The addition is written out because gcc 12 moves every sum through a second register, and spills for it.
 DIBIT_INLINE void mad(__m256i& sum, __m256i codes, __m256i x) {
-  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+  const __m256i pairs = _mm256_maddubs_epi16(codes, x);
+  __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(pairs));
 }
 
 DIBIT_INLINE __m256i widen(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
@@ -102,22 +104,23 @@ DIBIT_INLINE void dot_block(const uint8_t* v, const int8_t* x, __m256i dots[2]) 
     dots[0] = _mm256_add_epi32(widen(l0), widen(h0));
     dots[1] = _mm256_add_epi32(widen(l1), widen(h1));
   } else if constexpr (BITS == 2) {
+    // Fields at bits 2-3 stay where they are: 4 times the code, of which int16 holds 10 sums and gets 8.
     __m256i s0 = none, s1 = none, t0 = none, t1 = none;
     DIBIT_ROLLED for (int c = 0; c < BLOCK / 16; ++c, v += kCell, x += 16) {
-      const __m256i p = load(v), q = load(v + 32);
-      __m256i b = broadcast4(x), d = broadcast4(x + 4);
+      __m256i p = load(v), q = load(v + 32), b = broadcast4(x), d = broadcast4(x + 4);
       mad(s0, low(p, 0, 3), b);
       mad(s1, low(q, 0, 3), b);
-      mad(t0, low(p, 2, 3), d);
-      mad(t1, low(q, 2, 3), d);
+      mad(t0, low(p, 0, 12), d);
+      mad(t1, low(q, 0, 12), d);
+      p = _mm256_srli_epi16(p, 4), q = _mm256_srli_epi16(q, 4);
       b = broadcast4(x + 8), d = broadcast4(x + 12);
-      mad(s0, low(p, 4, 3), b);
-      mad(s1, low(q, 4, 3), b);
-      mad(t0, low(p, 6, 3), d);
-      mad(t1, low(q, 6, 3), d);
+      mad(s0, low(p, 0, 3), b);
+      mad(s1, low(q, 0, 3), b);
+      mad(t0, low(p, 0, 12), d);
+      mad(t1, low(q, 0, 12), d);
     }
-    dots[0] = widen(_mm256_add_epi16(s0, t0));
-    dots[1] = widen(_mm256_add_epi16(s1, t1));
+    dots[0] = _mm256_add_epi32(widen(s0), _mm256_srai_epi32(widen(t0), 2));
+    dots[1] = _mm256_add_epi32(widen(s1), _mm256_srai_epi32(widen(t1), 2));
   } else {
     // The halves of the panel one after the other: three vectors, their 8 cells and two sums fill the registers.
     DIBIT_ROLLED for (int h = 0; h < 2; ++h) {
@@ -239,40 +242,51 @@ struct Chunk {
   alignas(64) float scales[kChunk / 16][kRows], zeros[kChunk / 16][kRows];
 };
 
+// Sums of RUN cells of one plane for T tokens, widened to int32.
+template <int T, int PLANES, int RUN>
+DIBIT_INLINE void dot_cells(const uint8_t* cell, const int8_t* x, int64_t x_stride, __m256i (*dots)[2]) {
+  for (int t = 0; t < T; ++t) dots[t][0] = dots[t][1] = _mm256_setzero_si256();
+  DIBIT_ROLLED for (int c = 0; c < RUN; ++c, cell += kCell * PLANES, x += 4) {
+    const __m256i p = load(cell), q = load(cell + 32);
+    for (int t = 0; t < T; ++t) {
+      const __m256i four = broadcast4(x + t * x_stride);
+      mad(dots[t][0], p, four);
+      mad(dots[t][1], q, four);
+    }
+  }
+  for (int t = 0; t < T; ++t)
+    for (int h = 0; h < 2; ++h) dots[t][h] = widen(dots[t][h]);
+}
+
 // Adds `blocks` blocks of T tokens to their sums. RUN cells go into an int16 sum before it is widened.
 template <int T, int PLANES, int RUN, int BLOCK>
-void tile(const Chunk& chunk, int64_t blocks, const int8_t* x, int64_t x_stride, const float* xscales,
-          const float* xsums, int64_t block_stride, float (*sums)[kRows]) {
+__attribute__((noinline)) void tile(const Chunk& chunk, int64_t blocks, const int8_t* x, int64_t x_stride,
+                                    const float* xscales, const float* xsums, int64_t block_stride,
+                                    float (*sums)[kRows]) {
+  constexpr int kRuns = BLOCK / 4 / RUN;
   const uint8_t* v = chunk.cells;
   for (int64_t b = 0; b < blocks; ++b) {
-    __m256i wide[T][2];
-    for (int t = 0; t < T; ++t) wide[t][0] = wide[t][1] = _mm256_setzero_si256();
-    for (int run = 0; run < BLOCK / 4 / RUN; ++run) {
-      for (int plane = 0; plane < PLANES; ++plane) {
-        const uint8_t* cell = v + plane * kCell;
-        const int8_t* column = x;
-        __m256i sum[T][2];
-        for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = _mm256_setzero_si256();
-        DIBIT_ROLLED for (int c = 0; c < RUN; ++c, cell += kCell * PLANES, column += 4) {
-          const __m256i p = load(cell), q = load(cell + 32);
-          for (int t = 0; t < T; ++t) {
-            const __m256i four = broadcast4(column + t * x_stride);
-            mad(sum[t][0], p, four);
-            mad(sum[t][1], q, four);
-          }
+    __m256i dots[T][2];
+    // All partial sums but the last wait in memory: with the running ones they would not fit the 16 registers.
+    alignas(32) __m256i wide[T][2];
+    _Pragma("GCC unroll 4") for (int part = 0; part < kRuns * PLANES; ++part) {
+      const int run = part / PLANES, plane = part % PLANES;
+      dot_cells<T, PLANES, RUN>(v + (run * RUN * PLANES + plane) * kCell, x + run * RUN * 4, x_stride, dots);
+      for (int t = 0; t < T; ++t) {
+        for (int h = 0; h < 2; ++h) {
+          if (PLANES == 2 && plane == 1) dots[t][h] = _mm256_slli_epi32(dots[t][h], 4);
+          if (part > 0) dots[t][h] = _mm256_add_epi32(dots[t][h], wide[t][h]);
+          if (part + 1 < kRuns * PLANES) wide[t][h] = dots[t][h];
         }
-        for (int t = 0; t < T; ++t)
-          for (int h = 0; h < 2; ++h)
-            wide[t][h] = _mm256_add_epi32(wide[t][h], _mm256_slli_epi32(widen(sum[t][h]), 4 * plane));
       }
-      v += RUN * PLANES * kCell;
-      x += RUN * 4;
     }
+    v += BLOCK / 4 * PLANES * kCell;
+    x += BLOCK;
     for (int t = 0; t < T; ++t) {
       for (int h = 0; h < 2; ++h) {
         float* to = sums[t] + 8 * h;
         const __m256 zero = _mm256_load_ps(chunk.zeros[b] + 8 * h), scale = _mm256_load_ps(chunk.scales[b] + 8 * h);
-        _mm256_store_ps(to, accumulate(_mm256_load_ps(to), wide[t][h], zero, scale, xscales[t * block_stride + b],
+        _mm256_store_ps(to, accumulate(_mm256_load_ps(to), dots[t][h], zero, scale, xscales[t * block_stride + b],
                                        xsums[t * block_stride + b]));
       }
     }
@@ -379,24 +393,6 @@ void quantize_avx2(const float* x, const QWeight& w, int8_t* codes, float* scale
 }
 
 namespace {
-
-#define DIBIT_BY_SHAPE(body, ...)                          \
-  do {                                                     \
-    switch (w.bits * 100 + w.block) {                      \
-      case 216: return body<2, 16>(__VA_ARGS__);           \
-      case 232: return body<2, 32>(__VA_ARGS__);           \
-      case 264: return body<2, 64>(__VA_ARGS__);           \
-      case 316: return body<3, 16>(__VA_ARGS__);           \
-      case 332: return body<3, 32>(__VA_ARGS__);           \
-      case 364: return body<3, 64>(__VA_ARGS__);           \
-      case 416: return body<4, 16>(__VA_ARGS__);           \
-      case 432: return body<4, 32>(__VA_ARGS__);           \
-      case 464: return body<4, 64>(__VA_ARGS__);           \
-      case 816: return body<8, 16>(__VA_ARGS__);           \
-      case 832: return body<8, 32>(__VA_ARGS__);           \
-      default: return body<8, 64>(__VA_ARGS__);            \
-    }                                                      \
-  } while (false)
 
 void gemv(const QWeight& w, const Activations& a, const float* bias, float* y, int64_t begin, int64_t end) {
   DIBIT_BY_SHAPE(gemv_body, w, a, bias, y, begin, end);
