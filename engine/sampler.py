@@ -1,0 +1,232 @@
+"""Logits to tokens.
+
+Order: logit_bias, repetition, presence and frequency penalties, ban of end tokens below min_tokens, temperature, min_p,
+top_k, top_p, draw. A greedy row stops after the ban: its token is the highest score, the lowest id on ties.
+
+The invariant: a row's token depends on its logits, its parameters, its tokens so far, its seed and nothing else. Every
+row is worked on by itself, with operations whose rounding does not depend on the batch, and the draw takes one uniform
+number from Philox4x64 (Salmon et al. 2011) keyed by the seed with the number of output tokens as counter, put through
+the inverse of the cumulative distribution in float64, in the order of ids. A row that cannot be sampled gives an error
+of its own; the others go on.
+
+Log-probabilities are of the model's own distribution, before any of the above.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dibit.engine.config import SamplingParams
+from dibit.engine.errors import EngineFault, RequestError
+from dibit.engine.request import Request, TokenLogprob
+from dibit.engine.step import Sampled
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats = npt.NDArray[np.floating[Any]]
+Ids = npt.NDArray[np.intp]
+
+# Scores are float32, about 1e-6 apart at usual sizes: below this temperature only ties are left to chance, and scores
+# divided by it would overflow.
+_LEAST_TEMPERATURE = 1e-6
+_UNIFORM_STEP = 2.0**-53
+_BLOCK = 128
+
+
+def validate(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse token ids the model does not have: RequestError."""
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"{name} has the token id {token_id}; this model's ids are 0 to {vocab_size - 1}", param=name
+                )
+
+
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Exception]:
+    """The next token of each request, or why there is none.
+
+    logits [R, V] float32, row r for requests[r]; not changed. An exception stands in the list for a row with NaN, +inf
+    or nothing but -inf.
+    """
+    if logits.shape[0] != len(requests):
+        raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
+    if logits.device.type != "cpu" and all(_is_plain(request) for request in requests):
+        values, ids = logits.max(dim=-1)
+        return [
+            Sampled(token_id) if math.isfinite(peak) else _fault(request, peak)
+            for request, token_id, peak in zip(requests, ids.tolist(), values.tolist(), strict=True)
+        ]
+    rows = _rows(logits)
+    # NaN counts as the highest here, so the peak of a row with any is NaN.
+    best = rows.argmax(axis=1)
+    results: list[Sampled | Exception] = []
+    for row, token_id, request in zip(rows, best.tolist(), requests, strict=True):
+        peak = float(row[token_id])
+        results.append(_sample_row(row, token_id, peak, request) if math.isfinite(peak) else _fault(request, peak))
+    return results
+
+
+def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], top: int) -> tuple[TokenLogprob, ...]:
+    """Log-probabilities of the tokens that really came next.
+
+    logits [n, V] float32; target_ids: n ids; `top`: how many of the likeliest tokens to name. EngineFault if a row has
+    NaN or no finite value.
+    """
+    rows = _rows(logits)
+    if len(rows) != len(target_ids):
+        raise ValueError(f"{len(rows)} rows of logits for {len(target_ids)} targets")
+    found = []
+    for position, (row, token_id) in enumerate(zip(rows, target_ids, strict=True)):
+        peak = float(row[row.argmax()])
+        if not math.isfinite(peak):
+            raise EngineFault(f"row {position} of the prompt's logits {_what_is_wrong(peak)}")
+        found.append(_logprob(row, peak, token_id, top))
+    return tuple(found)
+
+
+def kept(scores: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
+    """What is left to draw from: ids, ascending, and their unnormalised probabilities.
+
+    scores [V]: after penalties, before temperature; the highest is finite. min_p keeps what is at least min_p times as
+    likely as the likeliest; top_k what scores at least the k-th highest (all of its ties); top_p the fewest tokens,
+    likeliest first and the lower id on ties, that hold at least top_p of what min_p and top_k left.
+    """
+    with np.errstate(over="ignore"):
+        scaled = (scores - scores.max()) / max(params.temperature, _LEAST_TEMPERATURE)
+    weights = np.exp(scaled)
+    ids = np.arange(len(scores)) if params.min_p == 0.0 else np.flatnonzero(weights >= params.min_p)
+    if 0 < params.top_k < len(ids):
+        left = scaled[ids]
+        near = _highest_and_more(left, params.top_k)
+        least = np.partition(left[near], -params.top_k)[-params.top_k]
+        ids = ids[near[left[near] >= least]]
+    if params.top_p < 1.0:
+        ids = ids[_nucleus(weights[ids], params.top_p)]
+    return ids, weights if len(ids) == len(weights) else weights[ids]
+
+
+def uniform(seed: int, count: int) -> float:
+    """The number in [0, 1) that draws output token `count` of a request with this seed."""
+    bits = np.random.Philox(key=seed % (1 << 128), counter=count).random_raw()
+    return (int(bits) >> 11) * _UNIFORM_STEP
+
+
+def _is_plain(request: Request) -> bool:
+    """Whether the highest logit is all there is to know."""
+    return request.params.greedy and request.params.logprobs is None and not _is_edited(request)
+
+
+def _is_edited(request: Request) -> bool:
+    params = request.params
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or request.num_output < params.min_tokens
+    )
+
+
+def _sample_row(row: Floats, best: int, peak: float, request: Request) -> Sampled | Exception:
+    params = request.params
+    token_id, scores = best, row
+    if _is_edited(request):
+        scores = _edited(row, request)
+        token_id = int(scores.argmax())
+        if not math.isfinite(scores[token_id]):
+            return EngineFault(f"request {request.id}: min_tokens and logit_bias leave no token to choose")
+    if not params.greedy:
+        ids, weights = kept(scores, params)
+        token_id = int(ids[_draw(weights, uniform(request.seed, request.num_output))])
+    return Sampled(token_id, None if params.logprobs is None else _logprob(row, peak, token_id, params.logprobs))
+
+
+def _edited(row: Floats, request: Request) -> Floats:
+    """Scores [V] after bias, penalties and the ban of end tokens."""
+    params = request.params
+    scores = row.copy()
+    if params.logit_bias:
+        scores[list(params.logit_bias)] += np.fromiter(params.logit_bias.values(), dtype=scores.dtype)
+    if params.repetition_penalty != 1.0:
+        seen = np.array(request.token_ids, dtype=np.intp)
+        old = scores[seen]
+        scores[seen] = np.where(old > 0, old / params.repetition_penalty, old * params.repetition_penalty)
+    if (params.presence_penalty or params.frequency_penalty) and request.num_output:
+        seen, counts = np.unique(np.array(request.output_ids, dtype=np.intp), return_counts=True)
+        scores[seen] -= (params.frequency_penalty * counts + params.presence_penalty).astype(scores.dtype)
+    if request.num_output < params.min_tokens:
+        ends = {*request.eos_ids, *params.stop_token_ids}
+        scores[[i for i in ends if i < len(scores)]] = -np.inf
+    return scores
+
+
+def _nucleus(weights: Floats, top_p: float) -> Ids:
+    """Positions, ascending, of the fewest weights that hold top_p of their sum; earlier ones on ties."""
+    total = weights.sum(dtype=np.float64)
+    # What lies below this, all together, is less than the 1 - top_p that may be lost: no need to sort it.
+    near = np.flatnonzero(weights >= 0.5 * (1.0 - top_p) * total / len(weights))
+    values = weights[near]
+    falling = np.sort(values)[::-1]
+    count = int(np.searchsorted(np.cumsum(falling, dtype=np.float64), top_p * total)) + 1
+    least = falling[min(count, len(falling)) - 1]
+    above, ties = values > least, np.flatnonzero(values == least)
+    above[ties[: count - int(np.count_nonzero(above))]] = True
+    held: Ids = near[above]
+    return held
+
+
+def _draw(weights: Floats, number: float) -> int:
+    """Position whose share of the weights `number` falls into. In two levels, as a long running sum is slow."""
+    starts = np.arange(0, len(weights), _BLOCK)
+    ends = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    target = number * ends[-1]
+    block = int(np.searchsorted(ends, target, side="right"))
+    inside = weights[block * _BLOCK : (block + 1) * _BLOCK]
+    before = ends[block - 1] if block else 0.0
+    position = int(np.searchsorted(np.cumsum(inside, dtype=np.float64), target - before, side="right"))
+    # The two sums of a block may differ in the last bit; a target between them belongs to its last possible token.
+    return block * _BLOCK + min(position, int(np.flatnonzero(inside)[-1]))
+
+
+def _logprob(row: Floats, peak: float, token_id: int, top: int) -> TokenLogprob:
+    norm = peak + math.log(np.exp(row - peak).sum(dtype=np.float64))
+    value = row[token_id]
+    likeliest: tuple[tuple[int, float], ...] = ()
+    if top:
+        near = _highest_and_more(row, min(top, len(row)))
+        order = np.argsort(-row[near], kind="stable")[:top]
+        likeliest = tuple((int(i), float(row[i]) - norm) for i in near[order])
+    return TokenLogprob(token_id, float(value) - norm, 1 + int(np.count_nonzero(row > value)), likeliest)
+
+
+def _highest_and_more(values: Floats, count: int) -> Ids:
+    """Positions, ascending, of a few values that include the `count` highest and all their ties.
+
+    The array is folded into lanes; `count` lanes have a maximum of at least the count-th highest lane maximum, which
+    therefore bounds the count-th highest value from below.
+    """
+    lanes = min(len(values), max(1024, 4 * count))
+    folded = values[: len(values) // lanes * lanes].reshape(-1, lanes).max(axis=0)
+    return np.flatnonzero(values >= np.partition(folded, -count)[-count])
+
+
+def _rows(logits: Tensor) -> npt.NDArray[np.float32]:
+    rows: npt.NDArray[np.float32] = logits.detach().float().cpu().numpy()
+    return rows
+
+
+def _fault(request: Request, peak: float) -> EngineFault:
+    return EngineFault(f"request {request.id}: the model's logits {_what_is_wrong(peak)}")
+
+
+def _what_is_wrong(peak: float) -> str:
+    if math.isnan(peak):
+        return "hold NaN"
+    return "hold +inf" if peak > 0 else "have no finite value"
