@@ -1,0 +1,145 @@
+"""From a bound port to a clean end: the socket, the signals, the drain.
+
+The first SIGTERM or SIGINT: new requests are refused (503, also /health) while those in flight are finished, for at
+most drain_timeout_s; then they are aborted, the port is closed, and the process ends with status 0. A second signal
+ends it at once with 128 + its number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from dibit.engine.async_engine import AsyncEngine
+from dibit.engine.errors import ConfigError
+from dibit.server.app import create_app
+
+_log = logging.getLogger("dibit.server")
+
+BACKLOG = 2048
+# Time in which answers already computed must reach their clients after the drain.
+FLUSH_TIMEOUT_S = 5
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to an address, before anything slow is done. Raises ConfigError. Port 0 takes a free one."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # A name with both kinds of address, such as localhost, means the one that every client tries.
+        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    except (OSError, UnicodeError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host!r}, port {port}: {error}; check --host and --port") from error
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise _cannot_listen(host, port, error) from error
+    return sock
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or error
+    return ConfigError(
+        f"cannot listen on {host}, port {port}: {reason}; "
+        "choose another with --port (0 takes a free one), or stop the program that uses it"
+    )
+
+
+def serve(
+    engine: AsyncEngine,
+    *,
+    sock: socket.socket | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    drain_timeout_s: float = 30.0,
+    model_name: str | None = None,
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
+    keep_alive_s: float = 15.0,
+) -> None:
+    """Serves `engine` until a signal ends it; blocks. `sock` (from `bind_socket`) stands in for host and port.
+
+    The other settings are those of `create_app`. Raises ConfigError when the address cannot be had.
+    """
+    if sock is None:
+        sock = bind_socket(host, port)
+    app = create_app(
+        engine, model_name=model_name, api_key=api_key, cors_origins=cors_origins, keep_alive_s=keep_alive_s
+    )
+    name = sock.getsockname()
+    try:
+        # Two processes may have bound one port before either listens.
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise _cannot_listen(str(name[0]), name[1], error) from error
+    where = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
+    _log.info("serving %s on http://%s:%d", model_name or engine.model_name, where, name[1])
+    Server(app, engine, drain_timeout_s=drain_timeout_s).run(sockets=[sock])
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with a drain before its shutdown."""
+
+    def __init__(self, app: FastAPI, engine: AsyncEngine, *, drain_timeout_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                ws="none",
+                lifespan="on",
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
+            )
+        )
+        self._engine = engine
+        self._drain_timeout_s = drain_timeout_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+        self._asked = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self._asked:
+            self._start_drain()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On a signal. It may interrupt anything, so all but the end itself is left to the event loop."""
+        if self._asked:
+            os._exit(128 + sig)
+        self.begin_drain()
+
+    def begin_drain(self) -> None:
+        """Starts the shutdown. From any thread."""
+        self._asked = True
+        if self._loop is not None and self.started:
+            self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        if self._drain is None:
+            self._drain = asyncio.create_task(self._drain_and_leave())
+
+    async def _drain_and_leave(self) -> None:
+        _log.warning(
+            "shutting down: finishing requests in flight, for at most %g s; a further signal ends them at once",
+            self._drain_timeout_s,
+        )
+        try:
+            if not await self._engine.drain(self._drain_timeout_s):
+                _log.warning("requests were aborted: they took longer than %g s", self._drain_timeout_s)
+        finally:
+            self.should_exit = True
