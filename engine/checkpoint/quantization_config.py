@@ -1,0 +1,134 @@
+"""Reading `quantization_config` (config.json) or quantize_config.json strictly.
+
+Only GPTQ's packing is supported. Everything that changes how packed words are read is understood or refused; keys
+that only tell how the model was calibrated are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from dibit.engine.checkpoint.checkpoint import CheckpointFormat, ModuleRule, Quantization
+from dibit.engine.errors import CheckpointError
+from dibit.kernels.formats import Format, FormatError
+
+SUPPORTED = "GPTQ (checkpoint_format gptq or gptq_v2; 2, 3, 4 or 8 bits; no act-order), or an unquantized model"
+MAX_PATTERN = 500
+_ALIASES = {
+    "bits": ("bits", "w_bit", "wbits"),
+    "group_size": ("group_size", "q_group_size", "groupsize"),
+    "checkpoint_format": ("checkpoint_format", "format"),
+    "quant_method": ("quant_method", "method"),
+}
+_HINTS = {
+    "auto-round": "export it again with format auto_gptq",
+    "awq": "use a GPTQ checkpoint of the model, or quantize the float model with `dibit quantize`",
+}
+# Each of these would change what the packed words mean or what is added to the product.
+_MUST_BE_UNSET = ("is_marlin_format", "adapter", "lora")
+
+
+def parse_quantization(raw: Mapping[str, Any], source: str, *, default_method: str | None = None) -> Quantization:
+    """`source` names the file in messages; `default_method` holds where quant_method is absent.
+
+    Raises CheckpointError on another method, an unsupported format, or contradictory keys.
+    """
+    method = _alias(raw, "quant_method", source) or default_method
+    if method != "gptq":
+        found = f"quant_method {method!r}" if method else "no quant_method"
+        hint = _HINTS.get(str(method), "quantize the float model with `dibit quantize`, or use a GPTQ checkpoint of it")
+        raise CheckpointError(f"{source} has {found}; supported: {SUPPORTED}. To use this model, {hint}")
+    label = _alias(raw, "checkpoint_format", source) or "gptq"
+    if label not in ("gptq", "gptq_v2"):
+        raise CheckpointError(f"{source} has checkpoint_format {label!r}; supported: gptq, gptq_v2. Export it again so")
+    if raw.get("pack_dtype", "int32") != "int32":
+        raise CheckpointError(f"{source} packs into {raw['pack_dtype']}; supported: int32")
+    for key in _MUST_BE_UNSET:
+        if raw.get(key):
+            raise CheckpointError(f"{source} sets {key}, which is not supported; export the model again without it")
+    bits = _integer(_alias(raw, "bits", source), "bits", source)
+    group_size = _integer(_alias(raw, "group_size", source), "group_size", source)
+    _format(bits, group_size, source)
+    return Quantization(
+        method="gptq",
+        bits=bits,
+        group_size=group_size,
+        symmetric=_symmetric(raw, source),
+        checkpoint_format=cast(CheckpointFormat, label),
+        act_order=bool(raw.get("desc_act", False)),
+        quantizer=_quantizer(raw),
+        dynamic=_rules(raw.get("dynamic") or {}, bits, group_size, source),
+    )
+
+
+def _alias(raw: Mapping[str, Any], key: str, source: str) -> Any:
+    found = {name: raw[name] for name in _ALIASES[key] if raw.get(name) is not None}
+    if any(value != next(iter(found.values())) for value in found.values()):
+        raise CheckpointError(f"{source} contradicts itself: {', '.join(f'{k}={v!r}' for k, v in found.items())}")
+    return next(iter(found.values()), None)
+
+
+def _integer(value: Any, key: str, source: str) -> int:
+    if type(value) is not int:
+        raise CheckpointError(f"{source} has {key} {value!r}; expected a whole number")
+    return value
+
+
+def _format(bits: int, group_size: int, source: str) -> Format:
+    try:
+        return Format(bits, group_size)
+    except FormatError as error:
+        raise CheckpointError(f"{source}: {error}. Quantize the float model again with `dibit quantize`") from error
+
+
+def _symmetric(raw: Mapping[str, Any], source: str) -> bool:
+    sym, zero_point = raw.get("sym"), raw.get("zero_point")
+    for key, value in (("sym", sym), ("zero_point", zero_point)):
+        if value is not None and not isinstance(value, bool):
+            raise CheckpointError(f"{source} has {key} {value!r}; expected true or false")
+    if sym is not None and zero_point is not None and sym == zero_point:
+        raise CheckpointError(f"{source} contradicts itself: sym={sym}, zero_point={zero_point}")
+    if sym is not None:
+        return bool(sym)
+    return zero_point is False
+
+
+def _quantizer(raw: Mapping[str, Any]) -> str | None:
+    meta = raw.get("meta")
+    value = meta.get("quantizer") if isinstance(meta, dict) else None
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return value if isinstance(value, str) else None
+
+
+def _rules(raw: Any, bits: int, group_size: int, source: str) -> tuple[ModuleRule, ...]:
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{source} has `dynamic` of type {type(raw).__name__}; expected an object of patterns")
+    return tuple(_rule(key, value, bits, group_size, source) for key, value in raw.items())
+
+
+def _rule(key: str, value: Any, bits: int, group_size: int, source: str) -> ModuleRule:
+    negative = key.startswith("-:")
+    pattern = key[2:] if key.startswith(("-:", "+:")) else key
+    where = f"{source}, dynamic {key[:80]!r}"
+    if len(pattern) > MAX_PATTERN:
+        raise CheckpointError(f"{where}: a pattern of {len(pattern)} characters; at most {MAX_PATTERN} are accepted")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise CheckpointError(f"{where} is no regular expression: {error}") from error
+    if negative:
+        return ModuleRule(pattern, None)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} holds {value!r:.40}; expected an object with bits, group_size")
+    own_bits, own_group = _alias(value, "bits", where), _alias(value, "group_size", where)
+    return ModuleRule(
+        pattern,
+        _format(
+            bits if own_bits is None else _integer(own_bits, "bits", where),
+            group_size if own_group is None else _integer(own_group, "group_size", where),
+            where,
+        ),
+    )
