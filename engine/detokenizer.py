@@ -3,8 +3,7 @@
 The invariant: whatever the tokens, the pieces returned by `push` and the last one by `flush`, joined, are exactly
 `decode` of all the ids (special tokens left out), cut at the first stop string. Text is held back only while it could
 still change: the bytes of an unfinished UTF-8 character, and a tail that may grow into a stop string. A replacement
-character is sent as soon as it is certain (the maximal-subpart rule of Unicode 3.9, U+FFFD for malformed sequences),
-never earlier.
+character is never sent before it is certain (U+FFFD for each maximal malformed part, Unicode 3.9).
 
 The text is the concatenation of per-token bytes, so a character or a stop string may spread over any number of tokens
 and one token may hold several. Stop strings are followed by a Knuth-Morris-Pratt automaton each: the match that ends
