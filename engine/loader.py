@@ -9,6 +9,7 @@ bits (RTN, asymmetric, groups of 64 columns or a divisor), once if they are tied
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -82,14 +83,16 @@ def load_decoder(
         raise CheckpointError(str(error)) from error
 
 
-def is_quantized(weights: Weights, arch: Arch, sizes: Sizes) -> bool:
-    """Whether any linear of the blocks is low-bit (headers only)."""
-    return any(
-        weights.linear_format(part.module) is not None
-        for layer in range(sizes.layers)
-        for site in sites(arch, sizes, layer)
-        for part in site.parts
-    )
+def body_format(weights: Weights, arch: Arch, sizes: Sizes) -> Format | None:
+    """The format of most of the blocks' weights, of those that are quantized; None when none is (headers only)."""
+    counts: Counter[Format] = Counter()
+    for layer in range(sizes.layers):
+        for site in sites(arch, sizes, layer):
+            for part in site.parts:
+                packed = weights.linear_format(part.module)
+                if packed is not None:
+                    counts[packed] += part.n * site.k
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def head_format(hidden: int) -> Format:
@@ -122,9 +125,10 @@ class _Loader:
         self.sizes = sizes
         self.config = config
         self.device = resolve_device(config)
-        self.quantized = is_quantized(weights, arch, sizes)
+        self.format = body_format(weights, arch, sizes)
         self.ops = Ops.resolve(device=self.device.type, backend=config.backend)
         self.nbytes = 0
+        self.table_bytes = 0
 
     def decoder(self, progress: Callable[[int, int], None] | None) -> Decoder:
         embedding, head = self._ends()
@@ -142,28 +146,35 @@ class _Loader:
             head=head,
             ops=self.ops,
             nbytes=self.nbytes,
-            quantized=self.quantized,
+            step_bytes=self.nbytes - self.table_bytes,
+            format=self.format,
             device=self.device,
         )
 
     def _ends(self) -> tuple[Callable[[Tensor], Tensor], Linear]:
-        sizes, low_bit = self.sizes, self.quantized and self.config.head_bits == 8
+        sizes, low_bit = self.sizes, self.format is not None and self.config.head_bits == 8
         name, shape = f"{self.arch.embedding}.weight", (sizes.vocab, sizes.hidden)
         if not low_bit:
             dtype = torch.float32 if sizes.tied_head else self.weights.info(name).dtype
             table = self._held(read_tensor(self.weights, name, shape, dtype))
-            embedding = FloatEmbedding(table)
-            return embedding, FloatLinear(table) if sizes.tied_head else self._head()
+            if sizes.tied_head:
+                return FloatEmbedding(table), FloatLinear(table)
+            self.table_bytes = table.nbytes
+            return FloatEmbedding(table), self._head()
         packed = self._pack(round_to_nearest(self._stored(name, shape), head_format(sizes.hidden)))
         rows = self._resolve("embedding", head_format(sizes.hidden))
-        return PackedEmbedding(rows.run, packed.weight), packed if sizes.tied_head else self._head()
+        embedding = PackedEmbedding(rows.run, packed.weight)
+        if sizes.tied_head:
+            return embedding, packed
+        self.table_bytes = packed.nbytes
+        return embedding, self._head()
 
     def _head(self) -> Linear:
         part = Part(self.arch.head, self.sizes.vocab)
         found = read_linear(self.weights, part, self.sizes.hidden)
         if isinstance(found, QTensor):
             return self._pack(found)
-        if self.quantized and self.config.head_bits == 8:
+        if self.format is not None and self.config.head_bits == 8:
             return self._pack(round_to_nearest(found, head_format(self.sizes.hidden)))
         return FloatLinear(self._held(found.float()))
 

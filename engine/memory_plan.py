@@ -15,7 +15,7 @@ import torch
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError
 from dibit.engine.kv_cache import block_bytes, kv_dtype
-from dibit.engine.loader import head_format, is_quantized, resolve_device
+from dibit.engine.loader import body_format, head_format, resolve_device
 from dibit.engine.models import resolve_arch
 from dibit.engine.models.spec import Arch, LinearSite, Sizes, sites
 from dibit.engine.models.weights import Weights
@@ -82,6 +82,23 @@ class MemoryPlan:
         """Sequences of `context` tokens that fit at once."""
         blocks = -(-context // self.block_size)
         return self._affordable_blocks // blocks
+
+    def text(self) -> str:
+        ends = f"(embedding and head {self.embedding_bytes / _GB:.3f})"
+        cache = f"{self.num_blocks} blocks of {self.block_size} tokens, {self.kv_bytes_per_token} bytes a token"
+        lines = [
+            f"weights          {self.weight_bytes / _GB:8.3f} GB   {ends}",
+            f"KV cache         {self.kv_bytes / _GB:8.3f} GB   {cache}",
+            f"working memory   {self.activation_bytes / _GB:8.3f} GB",
+            f"total            {self.total_bytes / _GB:8.3f} GB   of {self.free_bytes / _GB:.3f} GB free",
+            f"context          {self.max_model_len:8d} tokens, up to {self.max_num_seqs} sequences in a step",
+            f"largest context  {self.largest_context:8d} tokens for one sequence (the model's limit is "
+            f"{self.model_max_positions})",
+            f"largest batch    {self.largest_batch:8d} sequences of {self.max_model_len} tokens",
+        ]
+        remarks = [f"note: {self.note}"] if self.note else []
+        verdict = "fits" if self.fits else f"does not fit: {self.refusal}"
+        return "\n".join([*lines, *remarks, verdict])
 
     @property
     def _affordable_blocks(self) -> int:
@@ -164,7 +181,7 @@ def plan_memory(weights: Weights, *, config: EngineConfig | None = None, free_by
     """
     config = config or EngineConfig()
     arch, sizes = resolve_arch(weights.config)
-    quantized = is_quantized(weights, arch, sizes)
+    quantized = body_format(weights, arch, sizes) is not None
     free = free_memory(resolve_device(config)) if free_bytes is None else free_bytes
     ends = _end_bytes(weights, arch, sizes, config, quantized=quantized)
     norms = 4 * sizes.hidden * (2 * sizes.layers + 1)
@@ -206,6 +223,17 @@ def plan_memory(weights: Weights, *, config: EngineConfig | None = None, free_by
         note=note,
         refusal=refusal,
     )
+
+
+def plan_model(model: str, config: EngineConfig) -> MemoryPlan:
+    """`plan_memory` of a model by name: a directory, a .gguf file, a Hub id or "demo"."""
+    from dibit.engine.checkpoint import open_checkpoint, resolve_model
+
+    checkpoint = open_checkpoint(resolve_model(model))
+    try:
+        return plan_memory(checkpoint, config=config)
+    finally:
+        checkpoint.close()
 
 
 def packed_bytes(n: int, k: int, format: Format, *, config: EngineConfig) -> int:

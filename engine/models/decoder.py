@@ -21,6 +21,7 @@ from dibit.engine.models.spec import Arch, Sizes, norm_names, sites
 from dibit.engine.models.weights import Weights, read_bias, read_float_site, read_tensor
 from dibit.kernels.activation import silu_mul_reference
 from dibit.kernels.dispatch import Backend, resolve
+from dibit.kernels.formats import Format
 from dibit.kernels.norm import rms_norm_reference
 from dibit.kernels.rope import rotate
 
@@ -160,10 +161,11 @@ class Block:
 class Decoder:
     """Embedding, blocks, final norm, head, ready to serve.
 
-    embedding  ids [T] -> [T, hidden] float32
-    head       hidden states [R, hidden] -> logits [R, vocab]
-    nbytes     bytes of all weights as held
-    quantized  whether the blocks' weights are low-bit
+    embedding   ids [T] -> [T, hidden] float32
+    head        hidden states [R, hidden] -> logits [R, vocab]
+    nbytes      bytes of all weights as held
+    step_bytes  bytes of weights that a step reads whole: all but an embedding that is not the head too
+    format      the format of most of the blocks' weights; None when they are floats
     """
 
     def __init__(
@@ -177,7 +179,8 @@ class Decoder:
         head: Linear,
         ops: Ops,
         nbytes: int,
-        quantized: bool,
+        step_bytes: int,
+        format: Format | None,
         device: torch.device,
     ) -> None:
         self.arch = arch
@@ -188,8 +191,13 @@ class Decoder:
         self.head = head
         self.ops = ops
         self.nbytes = nbytes
-        self.quantized = quantized
+        self.step_bytes = step_bytes
+        self.format = format
         self.device = device
+
+    @property
+    def quantized(self) -> bool:
+        return self.format is not None
 
     def hidden(self, batch: Batch, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """Run a step, writing its keys and values: normalized final hidden states [R, hidden] of batch.rows."""
