@@ -3,9 +3,11 @@
 Every request has `num_tokens` and `num_computed`; each step spends a budget of tokens so that the second catches up
 with the first. Decoding, (chunked) prefill, prefix-cache hits and recomputation after preemption are all that rule.
 
-Order of service: running requests that need one token (they decode), so that none of them waits behind a long
-prompt; then running requests with more to compute, oldest first; then waiting ones, first come, first served. A
-request enters with the blocks of everything it has so far, plus a small reserve, so that it is not thrown out at
+Order of service: running requests, oldest first; then waiting ones, first come, first served. A request enters only
+when some budget is left, so at most one running request still has a prompt to compute, and it is the youngest: every
+other one decodes, and none of them waits behind a long prompt.
+
+A request enters with the blocks of everything it has so far, plus a small reserve, so that it is not thrown out at
 once. When a running request needs a block and none is left, the youngest running one gives its blocks up and waits
 again at the head of the queue; its full blocks stay findable, so most of the recomputation is a prefix-cache hit.
 
@@ -104,25 +106,21 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step, with the blocks for it allotted; empty only when there is no request."""
-        planned: dict[Request, Chunk] = {}
+        chunks: list[Chunk] = []
         budget = self.max_batch_tokens
         preempted = False
-        for request in sorted(self.running, key=lambda r: r.num_tokens - r.num_computed > 1):
-            if budget == 0:
-                break
+        for request in tuple(self.running):
             if request.status is not Status.RUNNING:
-                continue
+                break
             count = min(request.num_tokens - request.num_computed, budget)
             while not self._grow(request, request.num_computed + count):
                 youngest = self.running[-1]
                 self.preempt(youngest)
                 preempted = True
-                if youngest in planned:
-                    budget += planned.pop(youngest).count
                 if youngest is request:
                     break
             else:
-                planned[request] = Chunk(request, request.num_computed, count)
+                chunks.append(Chunk(request, request.num_computed, count))
                 budget -= count
         # Blocks were short a moment ago: nobody enters in the same step.
         while not preempted and budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
@@ -130,9 +128,9 @@ class Scheduler:
             if not self._enter(request):
                 break
             count = min(request.num_tokens - request.num_computed, budget)
-            planned[request] = Chunk(request, request.num_computed, count)
+            chunks.append(Chunk(request, request.num_computed, count))
             budget -= count
-        return Step(tuple(planned.values()))
+        return Step(tuple(chunks))
 
     def commit(self, step: Step, result: StepResult) -> list[Advance]:
         """Books a step's result: what is computed, the sampled tokens, the blocks that are full now.
@@ -157,6 +155,7 @@ class Scheduler:
         assert len(self.running) + len(self.waiting) == len(self._requests)
         assert all(r.status is Status.RUNNING for r in self.running)
         assert all(r.status is Status.WAITING and not r.block_ids for r in self.waiting)
+        assert all(r.num_tokens - r.num_computed <= 1 for r in self.running[:-1])
         for request in self.running:
             assert request.num_computed <= len(request.block_ids) * self.pool.block_size
             assert request.num_computed < request.num_tokens or request.num_output == 0
