@@ -38,7 +38,7 @@ struct Problem {
 
   int64_t group() const { return heads / kv_heads; }
   int64_t width() const { return (d + kLaneFloats - 1) / kLaneFloats * kLaneFloats; }
-  int64_t state() const { return width() + 2; }
+  int64_t row_bytes() const { return d * (real == Real::f32 ? 4 : 2); }
   static constexpr int64_t kLaneFloats = 8;
 };
 
@@ -81,13 +81,18 @@ Arena& thread_arena() {
   return arena;
 }
 
+// Rows rounded up so that what follows them starts on a cache line.
+int64_t padded(int64_t rows) { return (rows + 15) / 16 * 16; }
+
 // Softmax states of a tile's rows over some keys.
 struct States {
   float *peak, *total, *acc;
 
-  States(float* memory, int64_t rows) : peak(memory), total(memory + rows), acc(memory + 2 * rows) {}
+  States(float* memory, int64_t rows) : peak(memory), total(peak + padded(rows)), acc(total + padded(rows)) {}
 
-  void clear(int64_t rows, int64_t width) {
+  static int64_t floats(int64_t rows, int64_t width) { return 2 * padded(rows) + rows * width; }
+
+  void clear(int64_t rows, int64_t width) const {
     std::fill(peak, peak + rows, kNoPeak);
     std::fill(total, total + rows, 0.0f);
     std::fill(acc, acc + rows * width, 0.0f);
@@ -143,43 +148,56 @@ class Step {
       }
       shared_[i].first_state = states;
       shared_[i].pending.store(tile.ranges(), std::memory_order_relaxed);
-      states += tile.ranges() * tile.rows * p_.state();
+      states += tile.ranges() * States::floats(tile.rows, p_.width());
       for (int64_t r = 0; r < tile.ranges(); ++r) items_.push_back({i, r});
     }
     static thread_local Arena arena;
     shared_states_ = arena.reserve(states);
   }
 
+  // A thread's memory for one item.
+  struct Scratch {
+    float *q, *rows, *score, *factor, *states;
+    int32_t *position, *visible;
+  };
+
+  Scratch scratch(const RowTile& tile) const {
+    const int64_t n = padded(tile.rows), width = p_.width(), states = 2 * States::floats(tile.rows, width);
+    float* memory = thread_arena().reserve(n * (width + kKeyTile + 3) + 2 * kKeyTile * width + states);
+    Scratch s;
+    s.rows = memory;
+    s.q = s.rows + 2 * kKeyTile * width;
+    s.score = s.q + n * width;
+    s.factor = s.score + n * kKeyTile;
+    s.position = reinterpret_cast<int32_t*>(s.factor + n);
+    s.visible = s.position + n;
+    s.states = s.factor + 3 * n;
+    return s;
+  }
+
   void run_item(const Item& item) {
     const RowTile& tile = tiles_[item.tile];
-    const int64_t width = p_.width(), states = tile.rows * p_.state();
-    float* memory = thread_arena().reserve(tile.rows * width + 2 * states + 2 * kKeyTile * width);
-    float* q = memory;
-    float* key_rows = memory + tile.rows * width + 2 * states;
-    load_queries(tile, q);
+    const Scratch s = scratch(tile);
+    const int64_t states = States::floats(tile.rows, p_.width());
+    load_rows(tile, s);
     if (item.range < 0) {
-      States done(memory + tile.rows * width, tile.rows), fresh(memory + tile.rows * width + states, tile.rows);
-      walk_range(tile, 0, q, key_rows, done);
+      const States done(s.states, tile.rows), fresh(s.states + states, tile.rows);
+      walk_range(tile, 0, s, done);
       for (int64_t r = 1; r < tile.ranges(); ++r) {
-        walk_range(tile, r, q, key_rows, fresh);
-        merge(tile, r, done, fresh);
+        walk_range(tile, r, s, fresh);
+        merge(tile, r, s, done, fresh);
       }
       finish(tile, done);
       return;
     }
     Shared& shared = shared_[item.tile];
     float* first = shared_states_ + shared.first_state;
-    walk_range(tile, item.range, q, key_rows, States(first + item.range * states, tile.rows));
+    walk_range(tile, item.range, s, States(first + item.range * states, tile.rows));
     // Whoever finishes last merges, in the order of the ranges.
     if (shared.pending.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     const States done(first, tile.rows);
-    for (int64_t r = 1; r < tile.ranges(); ++r) merge(tile, r, done, States(first + r * states, tile.rows));
+    for (int64_t r = 1; r < tile.ranges(); ++r) merge(tile, r, s, done, States(first + r * states, tile.rows));
     finish(tile, done);
-  }
-
-  int64_t position(const RowTile& tile, int64_t row) const {
-    const int64_t b = tile.sequence, tokens = p_.cu_seqlens[b + 1] - p_.cu_seqlens[b];
-    return p_.seq_lens[b] - tokens + (tile.first_row + row) / p_.group();
   }
 
   int64_t offset(const RowTile& tile, int64_t row) const {
@@ -187,55 +205,80 @@ class Step {
     return (token * p_.heads + tile.kv_head * p_.group() + r % p_.group()) * p_.d;
   }
 
-  void load_queries(const RowTile& tile, float* q) const {
+  void load_rows(const RowTile& tile, const Scratch& s) const {
     const int64_t width = p_.width();
+    const int64_t past = p_.seq_lens[tile.sequence] - (p_.cu_seqlens[tile.sequence + 1] - p_.cu_seqlens[tile.sequence]);
+    float* q = s.q;
     for (int64_t r = 0; r < tile.rows; ++r, q += width) {
       const float* from = p_.q + offset(tile, r);
       for (int64_t i = 0; i < p_.d; ++i) q[i] = from[i] * p_.scale;
       for (int64_t i = p_.d; i < width; ++i) q[i] = 0.0f;
+      s.position[r] = static_cast<int32_t>(past + (tile.first_row + r) / p_.group());
     }
   }
 
-  void walk_range(const RowTile& tile, int64_t range, const float* q, float* scratch, States states) const {
+  void walk_range(const RowTile& tile, int64_t range, const Scratch& s, States states) const {
     const int64_t width = p_.width();
     const float *keys[kKeyTile], *values[kKeyTile];
-    std::vector<int32_t>& visible = visible_rows(tile.rows);
     states.clear(tile.rows, width);
     const int64_t end = std::min(tile.keys, (range + 1) * kKeyRange);
     for (int64_t begin = range * kKeyRange; begin < end; begin += kKeyTile) {
       const int64_t count = std::min<int64_t>(kKeyTile, end - begin);
-      locate(tile, p_.k_cache, begin, count, scratch, keys);
-      locate(tile, p_.v_cache, begin, count, scratch + kKeyTile * width, values);
+      locate(tile, p_.k_cache, begin, count, s.rows, keys);
+      locate(tile, p_.v_cache, begin, count, s.rows + kKeyTile * width, values);
+      const int64_t ahead = begin + kKeyTile;
+      if (ahead < tile.keys) {
+        fetch(tile, p_.k_cache, ahead, std::min<int64_t>(kKeyTile, tile.keys - ahead));
+        fetch(tile, p_.v_cache, ahead, std::min<int64_t>(kKeyTile, tile.keys - ahead));
+      }
       for (int64_t r = 0; r < tile.rows; ++r)
-        visible[r] = static_cast<int32_t>(std::clamp<int64_t>(position(tile, r) + 1 - begin, 0, count));
-      bodies_.attend({keys, values, visible.data(), static_cast<int>(tile.rows), static_cast<int>(width), q,
-                      states.peak, states.total, states.acc});
+        s.visible[r] = static_cast<int32_t>(std::clamp<int64_t>(s.position[r] + 1 - begin, 0, count));
+      bodies_.attend({keys, values, s.visible, static_cast<int>(tile.rows), static_cast<int>(width), s.q, s.score,
+                      s.factor, states.peak, states.total, states.acc});
     }
   }
 
-  // Pointers to `count` rows of the cache from key `begin` on, through `scratch` unless they can be read in place.
-  void locate(const RowTile& tile, const void* cache, int64_t begin, int64_t count, float* scratch,
-              const float** rows) const {
+  // The run of cache rows from `key` on that lie together, at most `most`, and where they start.
+  struct Run {
+    const char* rows;
+    int64_t count;
+  };
+
+  Run run_of(const RowTile& tile, const void* cache, int64_t key, int64_t most) const {
     const int32_t* table = p_.block_tables + tile.sequence * p_.table_stride;
-    const int64_t bytes = p_.real == Real::f32 ? 4 : 2, width = p_.width();
+    const int64_t within = key % p_.block_size;
+    const int64_t row = (table[key / p_.block_size] * p_.kv_heads + tile.kv_head) * p_.block_size + within;
+    return {static_cast<const char*>(cache) + row * p_.row_bytes(), std::min(most, p_.block_size - within)};
+  }
+
+  // Pointers to `count` rows of the cache from key `begin` on, through `wide` unless they can be read in place.
+  void locate(const RowTile& tile, const void* cache, int64_t begin, int64_t count, float* wide,
+              const float** rows) const {
+    const int64_t width = p_.width();
     const bool in_place = p_.real == Real::f32 && width == p_.d;
     for (int64_t j = 0; j < count;) {
-      const int64_t key = begin + j, within = key % p_.block_size;
-      const int64_t run = std::min(count - j, p_.block_size - within);
-      const int64_t row = (table[key / p_.block_size] * p_.kv_heads + tile.kv_head) * p_.block_size + within;
-      const char* from = static_cast<const char*>(cache) + row * p_.d * bytes;
-      if (!in_place) bodies_.widen(scratch + j * width, from, p_.real, run, p_.d, width);
-      const float* first = in_place ? reinterpret_cast<const float*>(from) : scratch + j * width;
-      for (int64_t i = 0; i < run; ++i) rows[j + i] = first + i * width;
-      j += run;
+      const Run run = run_of(tile, cache, begin + j, count - j);
+      if (!in_place) bodies_.widen(wide + j * width, run.rows, p_.real, run.count, p_.d, width);
+      const float* first = in_place ? reinterpret_cast<const float*>(run.rows) : wide + j * width;
+      for (int64_t i = 0; i < run.count; ++i) rows[j + i] = first + i * width;
+      j += run.count;
     }
     for (int64_t j = count; j < kKeyTile; ++j) rows[j] = rows[0];
   }
 
-  void merge(const RowTile& tile, int64_t range, const States& done, const States& next) const {
+  // Blocks lie anywhere, so the hardware's prefetcher loses the stream at each one's end.
+  void fetch(const RowTile& tile, const void* cache, int64_t begin, int64_t count) const {
+    for (int64_t j = 0; j < count;) {
+      const Run run = run_of(tile, cache, begin + j, count - j);
+      for (int64_t byte = 0; byte < run.count * p_.row_bytes(); byte += 64) __builtin_prefetch(run.rows + byte, 0, 2);
+      j += run.count;
+    }
+  }
+
+  void merge(const RowTile& tile, int64_t range, const Scratch& s, const States& done, const States& next) const {
     const int64_t width = p_.width();
     for (int64_t r = 0; r < tile.rows; ++r)
-      if (position(tile, r) >= range * kKeyRange)
+      if (s.position[r] >= range * kKeyRange)
         bodies_.merge(done.peak + r, done.total + r, done.acc + r * width, next.peak[r], next.total[r],
                       next.acc + r * width, static_cast<int>(width));
   }
@@ -243,12 +286,6 @@ class Step {
   void finish(const RowTile& tile, const States& done) const {
     for (int64_t r = 0; r < tile.rows; ++r)
       bodies_.finish(p_.out + offset(tile, r), done.acc + r * p_.width(), done.total[r], static_cast<int>(p_.d));
-  }
-
-  static std::vector<int32_t>& visible_rows(int64_t rows) {
-    static thread_local std::vector<int32_t> visible;
-    if (static_cast<int64_t>(visible.size()) < rows) visible.resize(rows);
-    return visible;
   }
 
   const Problem p_;

@@ -10,23 +10,42 @@
 namespace dibit {
 namespace {
 
-// score[r * kKeyTile + j] = q_r . key_j for R rows and K keys, K a multiple of 4.
-template <int R, int K>
-DIBIT_INLINE void dot_tile(float* score, const float* q, const float* const* keys, int width) {
-  F8 acc[R][K];
+// Half the sums (vec.h) of q_r . key_j for R rows and 4 keys.
+template <int R>
+DIBIT_INLINE void dot_four(F8* half, const float* q, const float* const* keys, int width) {
+  F8 acc[R][4];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < K; ++j) acc[r][j] = splat(0.0f);
+    for (int j = 0; j < 4; ++j) acc[r][j] = splat(0.0f);
   for (int i = 0; i < width; i += kLanes) {
     F8 a[R];
     for (int r = 0; r < R; ++r) a[r] = load(q + r * width + i);
-    for (int j = 0; j < K; ++j) {
+    for (int j = 0; j < 4; ++j) {
       const F8 key = load(keys[j] + i);
       for (int r = 0; r < R; ++r) acc[r][j] = fma(a[r], key, acc[r][j]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < K; j += 4)
-      store_sums(score + r * kKeyTile + j, acc[r][j], acc[r][j + 1], acc[r][j + 2], acc[r][j + 3]);
+  for (int r = 0; r < R; ++r) half[r] = half_sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+}
+
+// score[r, j] = q_r . key_j for R rows and 8 keys. Stored whole: the softmax loads eight at once, and a load that spans
+// two recent stores stalls.
+template <int R>
+DIBIT_INLINE void dot_tile(float* score, const float* q, const float* const* keys, int width) {
+  if constexpr (R == 1) {
+    // One row meets 8 keys at once: 4 sums would leave the multipliers waiting for each other.
+    F8 acc[8];
+    for (int j = 0; j < 8; ++j) acc[j] = splat(0.0f);
+    for (int i = 0; i < width; i += kLanes) {
+      const F8 a = load(q + i);
+      for (int j = 0; j < 8; ++j) acc[j] = fma(a, load(keys[j] + i), acc[j]);
+    }
+    store(score, join_sums(half_sums(acc[0], acc[1], acc[2], acc[3]), half_sums(acc[4], acc[5], acc[6], acc[7])));
+  } else {
+    F8 low[R], high[R];
+    dot_four<R>(low, q, keys, width);
+    dot_four<R>(high, q, keys + 4, width);
+    for (int r = 0; r < R; ++r) store(score + r * kKeyTile, join_sums(low[r], high[r]));
+  }
 }
 
 // Scores to weights in place; returns the factor that brings the row's earlier sums to the new peak.
@@ -43,11 +62,10 @@ DIBIT_INLINE float softmax_update(float* score, int visible, float* running_peak
     store(score + j, weight);
     sums = add(sums, weight);
   }
-  float factor[kLanes];
-  store(factor, exp(splat(before - now)));
+  const float factor = first(exp(splat(before - now)));
   *running_peak = now;
-  *total = __builtin_fmaf(*total, factor[0], sum(sums));
-  return factor[0];
+  *total = __builtin_fmaf(*total, factor, sum(sums));
+  return factor;
 }
 
 // acc_r[0, V * 8) = acc_r * factor_r + sum over keys [from, to) of weight_r[j] * value_j.
@@ -82,26 +100,28 @@ DIBIT_INLINE void weigh(float* acc, int width, const float* factor, const float*
   if (column < width) weigh_tile<R, 1>(acc, width, factor, weight, values, column, from, to);
 }
 
+DIBIT_INLINE int most_visible(const int32_t* visible, int rows) {
+  int most = 0;
+  for (int r = 0; r < rows; ++r) most = visible[r] > most ? visible[r] : most;
+  return most;
+}
+
 template <int R>
-DIBIT_INLINE void attend_rows(const KeyTile& t, int row) {
-  constexpr int kKeys = R == 1 ? 8 : 4;
-  alignas(32) float score[R * kKeyTile];
-  float factor[R];
+DIBIT_INLINE void score_rows(const KeyTile& t, int row) {
+  const int most = most_visible(t.visible + row, R);
+  for (int j = 0; j < most; j += kLanes)
+    dot_tile<R>(t.score + row * kKeyTile + j, t.q + row * t.width, t.keys + j, t.width);
+}
+
+template <int R>
+DIBIT_INLINE void weigh_rows(const KeyTile& t, int row) {
   const int32_t* visible = t.visible + row;
-  int least = visible[0], most = visible[0];
-  for (int r = 1; r < R; ++r) {
-    least = visible[r] < least ? visible[r] : least;
-    most = visible[r] > most ? visible[r] : most;
-  }
-  if (most == 0) return;
-  for (int j = 0; j < most; j += kKeys)
-    dot_tile<R, kKeys>(score + j, t.q + static_cast<int64_t>(row) * t.width, t.keys + j, t.width);
-  for (int r = 0; r < R; ++r)
-    factor[r] = visible[r] == 0
-                    ? 1.0f
-                    : softmax_update(score + r * kKeyTile, visible[r], t.peak + row + r, t.total + row + r);
-  float* acc = t.acc + static_cast<int64_t>(row) * t.width;
-  weigh<R>(acc, t.width, factor, score, t.values, 0, least);
+  const float* score = t.score + row * kKeyTile;
+  float* acc = t.acc + row * t.width;
+  int least = visible[0];
+  for (int r = 1; r < R; ++r) least = visible[r] < least ? visible[r] : least;
+  if (most_visible(visible, R) == 0) return;
+  weigh<R>(acc, t.width, t.factor + row, score, t.values, 0, least);
   // The causal edge: keys that only some of the rows see must not reach the others, not even as 0 * NaN.
   const float one = 1.0f;
   for (int r = 0; r < R; ++r)
@@ -110,23 +130,36 @@ DIBIT_INLINE void attend_rows(const KeyTile& t, int row) {
 }
 
 // Three rows fill the sixteen AVX2 registers (12 sums, 3 queries or weights, 1 key or value).
-void attend(const KeyTile& t) {
+template <class Three, class Two, class One>
+DIBIT_INLINE void by_rows(int rows, Three three, Two two, One one) {
   int row = 0;
-  while (t.rows - row >= 3 && t.rows - row != 4) attend_rows<3>(t, row), row += 3;
-  while (t.rows - row >= 2) attend_rows<2>(t, row), row += 2;
-  if (row < t.rows) attend_rows<1>(t, row);
+  for (; rows - row >= 3 && rows - row != 4; row += 3) three(row);
+  for (; rows - row >= 2; row += 2) two(row);
+  if (row < rows) one(row);
+}
+
+// Three passes, so that the long dependent chains of one row's softmax overlap with other rows'.
+void attend(const KeyTile& t) {
+  by_rows(
+      t.rows, [&](int row) { score_rows<3>(t, row); }, [&](int row) { score_rows<2>(t, row); },
+      [&](int row) { score_rows<1>(t, row); });
+  for (int row = 0; row < t.rows; ++row)
+    t.factor[row] = t.visible[row] == 0 ? 1.0f
+                                        : softmax_update(t.score + row * kKeyTile, t.visible[row], t.peak + row,
+                                                         t.total + row);
+  by_rows(
+      t.rows, [&](int row) { weigh_rows<3>(t, row); }, [&](int row) { weigh_rows<2>(t, row); },
+      [&](int row) { weigh_rows<1>(t, row); });
 }
 
 void merge(float* running_peak, float* total, float* acc, float next_peak, float next_total, const float* next_acc,
            int width) {
   const float now = next_peak > *running_peak ? next_peak : *running_peak;
-  float past[kLanes], next[kLanes];
-  store(past, exp(splat(*running_peak - now)));
-  store(next, exp(splat(next_peak - now)));
+  const float past = first(exp(splat(*running_peak - now))), next = first(exp(splat(next_peak - now)));
   *running_peak = now;
-  *total = __builtin_fmaf(next_total, next[0], *total * past[0]);
+  *total = __builtin_fmaf(next_total, next, *total * past);
   for (int i = 0; i < width; i += kLanes)
-    store(acc + i, fma(load(next_acc + i), splat(next[0]), mul(load(acc + i), splat(past[0]))));
+    store(acc + i, fma(load(next_acc + i), splat(next), mul(load(acc + i), splat(past))));
 }
 
 void finish(float* out, const float* acc, float total, int d) {

@@ -44,11 +44,25 @@ DIBIT_INLINE I8 splat_bits(int32_t a) { return _mm256_set1_epi32(a); }
 template <int N>
 DIBIT_INLINE I8 shift_left(I8 a) { return _mm256_slli_epi32(a, N); }
 
-// ((a0 + a1) + (a2 + a3)) + ((a4 + a5) + (a6 + a7)), for each of four vectors.
-DIBIT_INLINE void store_sums(float* p, F8 a, F8 b, F8 c, F8 d) {
-  const F8 quads = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
+// Four vectors half summed, and two such results to the eight sums; each ((a0 + a1) + (a2 + a3)) + ((a4 + ...) + ...).
+DIBIT_INLINE F8 half_sums(F8 a, F8 b, F8 c, F8 d) {
+  return _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
 }
+DIBIT_INLINE F8 join_sums(F8 a, F8 b) {
+  return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+DIBIT_INLINE float sum(F8 a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// Any number when a lane is NaN.
+DIBIT_INLINE float peak(F8 a) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+DIBIT_INLINE float first(F8 a) { return _mm256_cvtss_f32(a); }
 
 DIBIT_INLINE F8 load_half(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -107,12 +121,18 @@ DIBIT_INLINE I8 splat_bits(int32_t a) { return {I4{a, a, a, a}, I4{a, a, a, a}};
 template <int N>
 DIBIT_INLINE I8 shift_left(I8 a) { return {a.lo << N, a.hi << N}; }
 
-DIBIT_INLINE float sum_lanes(F8 a) {
-  return ((a.lo[0] + a.lo[1]) + (a.lo[2] + a.lo[3])) + ((a.hi[0] + a.hi[1]) + (a.hi[2] + a.hi[3]));
+DIBIT_INLINE float sum(F4 a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+DIBIT_INLINE F8 half_sums(F8 a, F8 b, F8 c, F8 d) {
+  return {F4{sum(a.lo), sum(b.lo), sum(c.lo), sum(d.lo)}, F4{sum(a.hi), sum(b.hi), sum(c.hi), sum(d.hi)}};
 }
-DIBIT_INLINE void store_sums(float* p, F8 a, F8 b, F8 c, F8 d) {
-  p[0] = sum_lanes(a), p[1] = sum_lanes(b), p[2] = sum_lanes(c), p[3] = sum_lanes(d);
+DIBIT_INLINE F8 join_sums(F8 a, F8 b) { return {a.lo + a.hi, b.lo + b.hi}; }
+DIBIT_INLINE float sum(F8 a) { return sum(a.lo + a.hi); }
+DIBIT_INLINE float peak(F8 a) {
+  const F4 four = a.lo > a.hi ? a.lo : a.hi;
+  const float low = four[0] > four[1] ? four[0] : four[1], high = four[2] > four[3] ? four[2] : four[3];
+  return low > high ? low : high;
 }
+DIBIT_INLINE float first(F8 a) { return a.lo[0]; }
 
 DIBIT_INLINE float from_bits(uint32_t raw) {
   float a;
@@ -163,22 +183,6 @@ DIBIT_INLINE void store_bfloat(uint16_t* p, F8 a) {
 }
 
 #endif
-
-// The lanes' sum, in store_sums' order.
-DIBIT_INLINE float sum(F8 a) {
-  float sums[4];
-  store_sums(sums, a, a, a, a);
-  return sums[0];
-}
-
-// The lanes' maximum; any number when a lane is NaN.
-DIBIT_INLINE float peak(F8 a) {
-  float lanes[8];
-  store(lanes, a);
-  float most = lanes[0];
-  for (int i = 1; i < 8; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
 
 // e^x, relative error below 2e-7 with or without fused multiply-adds (tests measure it through silu_mul). e^0 is
 // exactly 1, e^x is 0 below x = -87 (so for -inf) and inf above 88.4, and NaN stays NaN.

@@ -20,6 +20,8 @@ struct KeyTile {
   int rows;
   int width;                   // head dim, rounded up to kLanes with zeros
   const float* q;              // [rows, width], scaled
+  float* score;                // [rows, kKeyTile] scratch
+  float* factor;               // [rows] scratch
   float* peak;                 // [rows] running maximum of the scores
   float* total;                // [rows] sum of exp(score - peak)
   float* acc;                  // [rows, width] the same sum weighted by the values
