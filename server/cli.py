@@ -165,8 +165,8 @@ def serve(
 
     logging.getLogger().setLevel(logging.INFO)
     sock = bind_socket(host, port)
-    engine = build_engine(model, config, model_name=served_model_name)
-    run_server(engine, sock=sock, api_key=api_key, drain_timeout_s=drain_timeout_s)
+    engine = build_engine(model, config)
+    run_server(engine, sock=sock, model_name=served_model_name, api_key=api_key, drain_timeout_s=drain_timeout_s)
 
 
 @app.command()
@@ -186,10 +186,11 @@ def chat(
     Example: dibit chat demo
     """
     from dibit.engine import LLM, SamplingParams
+    from dibit.engine.build import build_core
     from dibit.server.terminal_chat import run_chat
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with LLM.from_config(model, config) as llm:
+    with LLM.of(build_core(model, config)) as llm:
         run_chat(llm, params, system=system)
 
 
@@ -212,12 +213,13 @@ def generate(
     Example: dibit generate demo --prompt "The capital of France is" --max-tokens 16
     """
     from dibit.engine import LLM, SamplingParams
+    from dibit.engine.build import build_core
 
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
     )
     text = sys.stdin.read() if prompt == "-" else prompt
-    with LLM.from_config(model, config) as llm:
+    with LLM.of(build_core(model, config)) as llm:
         for output in llm.stream(text, params):
             typer.echo(output.text, nl=False)
     typer.echo()
@@ -282,11 +284,12 @@ def eval_ppl(
     Example: dibit eval ppl models/demo-4bit --text wiki.test.raw --ctx 2048 --max-windows 32
     """
     from dibit.engine import LLM
+    from dibit.engine.build import build_core
     from dibit.quantize.evaluate import perplexity
     from dibit.server.output import emit
     from dibit.server.progress import window_progress
 
-    with LLM.from_config(model, config) as llm, window_progress() as progress:
+    with LLM.of(build_core(model, config)) as llm, window_progress() as progress:
         result = perplexity(llm, text, context=ctx, max_windows=max_windows, progress=progress)
     emit(result, json)
 

@@ -1,0 +1,211 @@
+"""Prefill and decode speed of the engine, without HTTP, beside the memory bandwidth of the same run.
+
+Every sequence gets its own random prompt of `prompt_len` tokens. Prefill is timed over the steps until the last
+sequence has its first token; decode over the steps in which all sequences draw one token each, `gen_len` of them.
+Tokenizing, sampling (greedy), scheduling and detokenizing are inside the time. The read bandwidth is measured before
+and after every configuration, in the same process, on the same threads.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dibit.bench.bandwidth import read_bandwidth
+from dibit.bench.machine import MachineFacts, machine_facts
+from dibit.engine.build import build_core
+from dibit.engine.config import EngineConfig, SamplingParams
+from dibit.engine.core import EngineCore
+from dibit.engine.errors import ConfigError
+from dibit.engine.runner import ModelRunner
+from dibit.engine.step import Step, StepResult
+
+BANDWIDTH_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """Medians over `repeats` runs of one batch size.
+
+    weight_bytes_per_token  bytes of weights that one decode step reads, over the tokens it makes
+    weight_gb_s             bytes of weights read per second of decoding, 1e9 bytes
+    bandwidth_gb_s          read bandwidth of memory on the same threads, measured in the same run
+    bandwidth_share         weight_gb_s / bandwidth_gb_s
+    model_share             part of a decode step that is spent in the runner (the rest is scheduling and text)
+    bits, group_size        of the blocks' linears; 16 or 32 bits and group 0 for float weights
+    """
+
+    model: str
+    batch: int
+    prompt_len: int
+    gen_len: int
+    prefill_tok_s: float
+    decode_tok_s: float
+    decode_step_ms: float
+    weight_bytes_per_token: float
+    weight_gb_s: float
+    bandwidth_gb_s: float
+    bandwidth_share: float
+    model_share: float
+    threads: int
+    isa: str
+    bits: float
+    group_size: int
+    repeats: int
+    machine: MachineFacts
+
+
+class _Watch:
+    """Stands before the runner: remembers the last step and the time spent computing it."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.num_blocks, self.block_size, self.max_model_len = (
+            runner.num_blocks,
+            runner.block_size,
+            runner.max_model_len,
+        )
+        self.last = Step(())
+        self.elapsed_s = 0.0
+
+    def execute(self, step: Step) -> StepResult:
+        started_s = time.perf_counter()
+        result = self.runner.execute(step)
+        self.elapsed_s = time.perf_counter() - started_s
+        self.last = step
+        return result
+
+
+def run_decode(
+    model: str,
+    config: EngineConfig,
+    *,
+    prompt_len: int = 512,
+    gen_len: int = 128,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    repeats: int = 3,
+) -> list[DecodeResult]:
+    """One result per batch size. Raises ConfigError when a batch does not fit the engine's settings."""
+    largest = max(batch_sizes)
+    if min(prompt_len, gen_len, repeats, *batch_sizes) < 1:
+        raise ConfigError("prompt-len, gen-len, repeats and batch sizes must be at least 1")
+    if largest > config.max_num_seqs:
+        raise ConfigError(f"batch {largest} with --max-num-seqs {config.max_num_seqs}; raise --max-num-seqs")
+    core = build_core(model, config)
+    assert isinstance(core.runner, ModelRunner)
+    watch = _Watch(core.runner)
+    core.runner = watch
+    held = largest * -(-_longest(core, largest, prompt_len, gen_len) // watch.block_size)
+    if held > watch.num_blocks or _longest(core, largest, prompt_len, gen_len) > core.max_model_len:
+        raise ConfigError(
+            f"batch {largest} with {prompt_len} + {gen_len} tokens needs {held} KV blocks of {watch.block_size} tokens "
+            f"and a context of {_longest(core, largest, prompt_len, gen_len)}; there are {watch.num_blocks} blocks and "
+            f"{core.max_model_len} tokens of context. Raise --kv-bytes, or lower the lengths or the batch"
+        )
+    _run(core, watch, 1, prompt_len=min(prompt_len, 64), gen_len=min(gen_len, 8), seed=0)
+    return [
+        _measure(core, watch, model, batch, prompt_len=prompt_len, gen_len=gen_len, repeats=repeats)
+        for batch in batch_sizes
+    ]
+
+
+def format_table(results: Sequence[DecodeResult]) -> str:
+    """The figures as a Markdown table."""
+    lines = [
+        "| batch | prefill tok/s | decode tok/s | step ms | weight MB/token | weight GB/s | of bandwidth |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r.batch} | {r.prefill_tok_s:.0f} | {r.decode_tok_s:.1f} | {r.decode_step_ms:.2f} | "
+        f"{r.weight_bytes_per_token / 1e6:.1f} | {r.weight_gb_s:.1f} | "
+        f"{r.bandwidth_share:.0%} of {r.bandwidth_gb_s:.1f} |"
+        for r in results
+    ]
+    first = results[0]
+    return "\n".join(
+        [
+            f"{first.model}: {first.bits:g} bits, group {first.group_size}, {first.threads} threads, {first.isa}",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _longest(core: EngineCore, batch: int, prompt_len: int, gen_len: int) -> int:
+    """Tokens that a sequence may reach: the first one decodes while the others are still prefilled."""
+    steps = -(-batch * prompt_len // max(1, core.config.max_batch_tokens - batch)) + batch
+    return prompt_len + gen_len + steps + 2
+
+
+def _measure(
+    core: EngineCore, watch: _Watch, model: str, batch: int, *, prompt_len: int, gen_len: int, repeats: int
+) -> DecodeResult:
+    facts = machine_facts()
+    runner = watch.runner
+    prefill, decode, shares, bandwidth = [], [], [], [read_bandwidth(facts.threads, BANDWIDTH_BYTES)]
+    for repeat in range(repeats):
+        prefill_s, decode_s, model_s = _run(core, watch, batch, prompt_len=prompt_len, gen_len=gen_len, seed=repeat)
+        prefill.append(batch * prompt_len / prefill_s)
+        decode.append(decode_s / gen_len)
+        shares.append(model_s / decode_s)
+        bandwidth.append(read_bandwidth(facts.threads, BANDWIDTH_BYTES))
+    step_s = statistics.median(decode)
+    weight_bytes = runner.decoder.step_bytes
+    bandwidth_gb_s = statistics.median(bandwidth)
+    weight_gb_s = weight_bytes / step_s / 1e9
+    held = runner.decoder.format
+    return DecodeResult(
+        model=model,
+        batch=batch,
+        prompt_len=prompt_len,
+        gen_len=gen_len,
+        prefill_tok_s=statistics.median(prefill),
+        decode_tok_s=batch / step_s,
+        decode_step_ms=step_s * 1e3,
+        weight_bytes_per_token=weight_bytes / batch,
+        weight_gb_s=weight_gb_s,
+        bandwidth_gb_s=bandwidth_gb_s,
+        bandwidth_share=weight_gb_s / bandwidth_gb_s,
+        model_share=statistics.median(shares),
+        threads=facts.threads,
+        isa=facts.isa,
+        bits=32 if held is None else held.bits,
+        group_size=0 if held is None else held.group_size,
+        repeats=repeats,
+        machine=facts,
+    )
+
+
+def _run(
+    core: EngineCore, watch: _Watch, batch: int, *, prompt_len: int, gen_len: int, seed: int
+) -> tuple[float, float, float]:
+    """Seconds of prefill, of `gen_len` decode steps, and of the runner within those steps."""
+    draw = random.Random(seed)
+    params = SamplingParams(
+        temperature=0.0, ignore_eos=True, max_tokens=_longest(core, batch, prompt_len, gen_len) - prompt_len
+    )
+    names = [f"bench-{batch}-{seed}-{i}" for i in range(batch)]
+    for name in names:
+        # A prompt of its own for each: a shared one would come from the prefix cache.
+        core.add_request(name, [draw.randrange(core.tokenizer.vocab_size) for _ in range(prompt_len)], params)
+    started_s = time.perf_counter()
+    waiting = set(names)
+    while waiting:
+        waiting -= {output.request_id for output in core.step() if output.token_ids}
+    prefill_s = time.perf_counter() - started_s
+    decode_s = model_s = 0.0
+    for _ in range(gen_len):
+        started_s = time.perf_counter()
+        core.step()
+        decode_s += time.perf_counter() - started_s
+        model_s += watch.elapsed_s
+        if watch.last.num_tokens != batch:
+            raise RuntimeError(f"a decode step computed {watch.last.num_tokens} tokens for {batch} sequences")
+    for name in names:
+        core.abort(name)
+    while core.has_work:
+        core.step()
+    return prefill_s, decode_s, model_s
