@@ -30,26 +30,27 @@ FLUSH_TIMEOUT_S = 5
 
 def bind_socket(host: str, port: int) -> socket.socket:
     """A socket bound to an address, before anything slow is done. Raises ConfigError. Port 0 takes a free one."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port is {port}; it must lie in [0, 65535]")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # A name with both kinds of address, such as localhost, means the one that every client tries.
         family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    except (OSError, UnicodeError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot listen on {host!r}, port {port}: {error}; check --host and --port") from error
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         sock.close()
         raise _cannot_listen(host, port, error) from error
     return sock
 
 
-def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or error
+def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(
-        f"cannot listen on {host}, port {port}: {reason}; "
+        f"cannot listen on {host}, port {port}: {error.strerror or error}; "
         "choose another with --port (0 takes a free one), or stop the program that uses it"
     )
 
