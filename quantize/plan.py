@@ -66,9 +66,13 @@ class Plan:
         matching = [o.format for o in self.overrides if re.fullmatch(o.pattern, site)]
         return matching[-1] if matching else self.default
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a plan file."""
         entries = [{"sites": o.pattern, **_format_json(o.format)} for o in self.overrides]
-        return json.dumps({"default": _format_json(self.default), "overrides": entries}, indent=2)
+        return {"default": _format_json(self.default), "overrides": entries}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

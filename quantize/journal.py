@@ -1,0 +1,74 @@
+"""What an unfinished run has finished: its settings, then a line per block. Lies beside the shards until the end.
+
+A block's line is on disk before its weights are declared complete, so a block that can be reused always has its
+report. A line cut short by a crash is the last one, and is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dibit.engine.errors import ConfigError
+from dibit.quantize.report import SiteReport
+
+JOURNAL_NAME = "quantize_journal.jsonl"
+
+
+class Journal:
+    """The journal in `directory`, begun or continued.
+
+    Raises ConfigError when it was begun with other settings: the blocks of two settings do not make a model.
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+        self.path = directory / JOURNAL_NAME
+        self.blocks: dict[int, tuple[SiteReport, ...]] = {}
+        settings = json.loads(json.dumps(settings))
+        lines = self._lines()
+        if lines:
+            _check_same(lines[0], settings, directory)
+            for line in lines[1:]:
+                self.blocks[line["layer"]] = tuple(SiteReport(**site) for site in line["sites"])
+        # Rewritten rather than appended to, so that a line cut short does not stay in front of the next one.
+        kept = [settings, *({"layer": i, "sites": _plain(reports)} for i, reports in self.blocks.items())]
+        aside = self.path.with_suffix(".new")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        aside.replace(self.path)
+
+    def add(self, layer: int, reports: Sequence[SiteReport]) -> None:
+        """Note the sites of a block; on disk when this returns."""
+        self.blocks[layer] = tuple(reports)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"layer": layer, "sites": _plain(reports)}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lines(self) -> list[Any]:
+        if not self.path.exists():
+            return []
+        lines = []
+        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+
+def _plain(reports: Sequence[SiteReport]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(report) for report in reports]
+
+
+def _check_same(found: Mapping[str, Any], settings: Mapping[str, Any], directory: Path) -> None:
+    different = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+    if different:
+        changes = "; ".join(f"{key}: {found.get(key)} then, {settings.get(key)} now" for key in different)
+        raise ConfigError(
+            f"{directory} holds an interrupted run with other settings ({changes}); "
+            "repeat the call with those to continue it, or delete the directory to begin anew"
+        )

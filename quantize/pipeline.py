@@ -1,0 +1,215 @@
+"""From a float model to a GPTQ v2 checkpoint, one block at a time.
+
+A method that needs no statistics reads and writes the linears one by one. Any other sees the calibration text: its
+hidden states go through the model once, block by block, and each block is quantized from the states that the
+quantized blocks before it produce. Memory holds one block and the streams, never the model.
+
+Every block is on disk before the next one begins. A run that was interrupted, however hard, is continued by the same
+call: finished blocks are read back, the streams are sent through them again, and the rest is computed, with the same
+result to the bit (on the same machine with the same number of threads). Until the run is complete, `out` does not
+exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import platform
+import resource
+import time
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from dibit.engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, resolve_model
+from dibit.engine.errors import CheckpointError, ConfigError
+from dibit.engine.models import resolve_arch
+from dibit.engine.models.spec import Sizes, sites
+from dibit.engine.models.weights import check_names
+from dibit.engine.tokenizer import load_tokenizer
+from dibit.kernels.formats import Format, FormatError
+from dibit.quantize.block import BlockMethod
+from dibit.quantize.calibration import Calibration, Segments, load_segments
+from dibit.quantize.journal import JOURNAL_NAME, Journal
+from dibit.quantize.methods import METHODS, make_method
+from dibit.quantize.plan import Plan, bits_per_weight
+from dibit.quantize.report import QuantizeReport
+from dibit.quantize.stats import Method
+from dibit.quantize.streams import StreamConfig
+from dibit.quantize.walk import Output, Progress, Task, calibrated, data_free
+
+logger = logging.getLogger(__name__)
+
+
+def quantize_checkpoint(
+    model: str,
+    out: Path,
+    *,
+    method: str | Method | BlockMethod = "rtn",
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = False,
+    calibration: Path | None = None,
+    samples: int = 128,
+    sequence_length: int = 512,
+    seed: int = 0,
+    plan: Plan | None = None,
+    streams: StreamConfig | None = None,
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize the linears of `model` and write the result to the new directory `out`.
+
+    model        directory, .gguf file, Hub id (at `revision`) or "demo"; a float model
+    method       a name in METHODS, or an instance of one of its classes with the options that it should have
+    bits, group_size  format of every linear, unless there is a `plan`, which then gives all formats
+    symmetric    zero points in the middle of the code range
+    calibration  plain UTF-8 text of which `samples` pieces of `sequence_length` tokens are drawn; needed by every
+                 method but rtn
+    progress     called with (finished blocks, blocks, note)
+
+    Raises ConfigError or CheckpointError, all that can be known beforehand before anything is computed. After
+    KeyboardInterrupt, or any other end, the same call continues where it was.
+    """
+    begun = time.monotonic()
+    chosen = make_method(method, {}) if isinstance(method, str) else method
+    if symmetric and not chosen.symmetric:
+        chosen = dataclasses.replace(chosen, symmetric=True)  # type: ignore[type-var]
+    if calibration is None and chosen.needs:
+        raise ConfigError(
+            f"method {_name(chosen)} learns from text: give a plain text file as calibration (--calibration FILE), "
+            "or use rtn, which needs none"
+        )
+    if calibration is not None and not chosen.needs:
+        raise ConfigError(f"method {_name(chosen)} does not look at any text; leave the calibration out")
+    if plan is None:
+        try:
+            plan = Plan.uniform(Format(bits, group_size))
+        except FormatError as error:
+            raise ConfigError(str(error)) from error
+    text = None if calibration is None else Calibration(calibration, samples, sequence_length, seed)
+    with closing(open_checkpoint(resolve_model(model, revision=revision))) as checkpoint:
+        task = _task(checkpoint, chosen, plan, text, seed=seed, streams=streams or StreamConfig())
+        settings = _settings(task, plan, text)
+        with closing(CheckpointWriter(Path(out), checkpoint, overwrite=overwrite)) as writer:
+            output = Output(task, writer, Journal(writer.directory, settings), progress)
+            try:
+                _walk(task, output, directory=writer.directory)
+            except KeyboardInterrupt:
+                logger.warning(
+                    "stopped; finished blocks are kept in %s, and the same command continues after them",
+                    writer.directory,
+                )
+                raise
+            report = QuantizeReport(
+                model=model,
+                source=str(checkpoint.path),
+                out=str(out),
+                method=task.name,
+                options=settings["options"],
+                plan=settings["plan"],
+                bits_per_weight=bits_per_weight([site for block in task.blocks for site in block], task.formats),
+                calibration=settings["calibration"],
+                seed=seed,
+                threads=torch.get_num_threads(),
+                sites=tuple(site for layer in range(task.sizes.layers) for site in output.journal.blocks[layer]),
+                resumed_blocks=output.resumed,
+                seconds=time.monotonic() - begun,
+                block_seconds=tuple(output.block_seconds),
+                peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                versions={"dibit": version("dibit"), "torch": torch.__version__, "python": platform.python_version()},
+            )
+            report.write(writer.directory)
+            writer.finish(method=task.name, facts=settings["options"], scratch=[JOURNAL_NAME])
+    return report
+
+
+def _task(
+    checkpoint: Checkpoint,
+    method: Method | BlockMethod,
+    plan: Plan,
+    text: Calibration | None,
+    *,
+    seed: int,
+    streams: StreamConfig,
+) -> Task:
+    """Everything that can be checked before anything is computed."""
+    if checkpoint.quantization is not None:
+        raise CheckpointError(
+            f"{checkpoint.name} is quantized already ({checkpoint.quantization.method}, "
+            f"{checkpoint.quantization.bits} bits); only float models can be quantized: start from the original one"
+        )
+    arch, sizes = resolve_arch(checkpoint.config)
+    check_names(checkpoint, arch, sizes)
+    blocks = tuple(sites(arch, sizes, layer) for layer in range(sizes.layers))
+    return Task(
+        checkpoint=checkpoint,
+        arch=arch,
+        sizes=sizes,
+        method=method,
+        name=_name(method),
+        blocks=blocks,
+        formats=plan.resolve([site for block in blocks for site in block]),
+        segments=None if text is None else _segments(checkpoint, sizes, text),
+        streams=streams,
+        seed=seed,
+    )
+
+
+def _segments(checkpoint: Checkpoint, sizes: Sizes, text: Calibration) -> Segments:
+    if text.sequence_length > sizes.max_positions:
+        raise ConfigError(
+            f"calibration sequences of {text.sequence_length} tokens are longer than the model's "
+            f"{sizes.max_positions} positions; choose at most that"
+        )
+    segments = load_segments(text, load_tokenizer(checkpoint).encode)
+    highest = int(segments.tokens.max())
+    if highest >= sizes.vocab:
+        raise CheckpointError(
+            f"the tokenizer gives token {highest}, and the model has {sizes.vocab}; "
+            "the tokenizer files belong to another model"
+        )
+    return segments
+
+
+def _walk(task: Task, output: Output, *, directory: Path) -> None:
+    output.add_floats(task)
+    if task.segments is not None:
+        calibrated(task, output, task.segments, directory=directory)
+    elif isinstance(task.method, BlockMethod):
+        raise TypeError(f"{task.name} works on blocks and names no needs")
+    else:
+        data_free(task, output, task.method)
+
+
+def _settings(task: Task, plan: Plan, text: Calibration | None) -> dict[str, Any]:
+    """All that the quantized weights depend on; what a continued run must have in common with the interrupted one."""
+    path = task.checkpoint.path
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    calibration: dict[str, Any] | None = None
+    if text is not None and task.segments is not None:
+        calibration = {
+            "text": str(text.text),
+            "sha256": task.segments.text_sha256,
+            "tokens": task.segments.text_tokens,
+            "samples": text.samples,
+            "sequence_length": text.sequence_length,
+            "stream_type": task.streams.stream_type,
+        }
+    return {
+        "source": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "method": task.name,
+        "options": dataclasses.asdict(cast(Any, task.method)),
+        "plan": plan.to_dict(),
+        "calibration": calibration,
+        "seed": task.seed,
+        "version": version("dibit"),
+    }
+
+
+def _name(method: Method | BlockMethod) -> str:
+    return next((name for name, kind in METHODS.items() if kind is type(method)), type(method).__name__.lower())

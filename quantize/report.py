@@ -1,0 +1,117 @@
+"""What a quantization run did: settings, errors of every site, time and memory. Stored beside the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPORT_NAME = "quantize_report.json"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site.
+
+    site          its name, e.g. "layers.3.qkv"
+    format        e.g. "int4-g64"
+    method        what chose its integers: the run's method, or "rtn" where that failed
+    fallback      why it failed, else None
+    weight_mse    mean squared error of the weight
+    weight_error  squared error of the weight over its squared norm
+    output_error  squared error of the output over its squared norm, on the calibration text; None without one
+    seconds       time it took, statistics included
+    """
+
+    site: str
+    format: str
+    method: str
+    fallback: str | None
+    weight_mse: float
+    weight_error: float
+    output_error: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """A finished run.
+
+    model, source      as named by the caller, and the file or directory it stands for
+    out                the checkpoint that was written
+    method, options    the method and its fields
+    plan               default format and overrides
+    bits_per_weight    of the quantized weights, scales and zero points included
+    calibration        text (file, sha256, tokens), samples, sequence_length; None for a method without
+    seed               of the calibration draw and of the method
+    threads            compute threads: another number may change the last bits of a calibrated result
+    sites              every site in order
+    resumed_blocks     blocks taken over from an interrupted run
+    seconds, block_seconds  of this run, and of each block that it computed
+    peak_rss_bytes     peak resident memory of the process
+    versions           of dibit, torch and Python
+    """
+
+    model: str
+    source: str
+    out: str
+    method: str
+    options: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    bits_per_weight: float
+    calibration: Mapping[str, Any] | None
+    seed: int
+    threads: int
+    sites: tuple[SiteReport, ...]
+    resumed_blocks: int
+    seconds: float
+    block_seconds: tuple[float, ...]
+    peak_rss_bytes: int
+    versions: Mapping[str, str]
+
+    @property
+    def fallbacks(self) -> tuple[SiteReport, ...]:
+        return tuple(site for site in self.sites if site.fallback is not None)
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        worst = max(self.sites, key=lambda site: site.weight_error)
+        lines = [
+            f"{self.out}: {self.method}, {self.bits_per_weight:.2f} bits per quantized weight, "
+            f"{self.seconds:.0f} s, peak memory {self.peak_rss_bytes / 2**30:.2f} GiB",
+            f"relative weight error: mean {_mean([s.weight_error for s in self.sites]):.2e}, "
+            f"worst {worst.weight_error:.2e} ({worst.site})",
+        ]
+        outputs = [s.output_error for s in self.sites if s.output_error is not None]
+        if outputs:
+            lines.append(f"relative output error on the calibration text: mean {_mean(outputs):.2e}")
+        if self.resumed_blocks:
+            lines.append(f"{self.resumed_blocks} blocks were taken over from an interrupted run")
+        if self.fallbacks:
+            named = ", ".join(site.site for site in self.fallbacks[:4])
+            lines.append(f"{len(self.fallbacks)} sites were rounded to nearest instead ({named}): see {REPORT_NAME}")
+        return "\n".join(lines)
+
+    def write(self, directory: Path) -> None:
+        text = json.dumps(_finite(dataclasses.asdict(self)), indent=2, ensure_ascii=False)
+        (directory / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are not JSON: null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan

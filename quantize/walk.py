@@ -1,0 +1,187 @@
+"""The two ways through a model: linear by linear without text, or block by block with the text's hidden states."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dibit.engine.checkpoint import Checkpoint, CheckpointWriter
+from dibit.engine.models.decoder import load_embedding, load_float_block
+from dibit.engine.models.spec import Arch, LinearSite, Sizes, float_shapes
+from dibit.engine.models.weights import read_float_site
+from dibit.kernels.formats import Format, QTensor, concat_rows
+from dibit.quantize.block import (
+    BlockJob,
+    BlockMethod,
+    advance,
+    quantize_block,
+    quantize_site,
+    replace_weight,
+    site_report,
+)
+from dibit.quantize.calibration import Segments
+from dibit.quantize.journal import Journal
+from dibit.quantize.report import SiteReport
+from dibit.quantize.stats import Method, Stats
+from dibit.quantize.streams import HiddenStates, StreamConfig
+
+Progress = Callable[[int, int, str], None]
+
+# Tokens that go through a block at once: enough to keep every core busy, little beside the block's own weights.
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done, its input checked.
+
+    name      of the method
+    blocks    sites of every block
+    formats   by site name
+    segments  the calibration text; None for a method without needs
+    seed      for anything random in the method
+    """
+
+    checkpoint: Checkpoint
+    arch: Arch
+    sizes: Sizes
+    method: Method | BlockMethod
+    name: str
+    blocks: tuple[tuple[LinearSite, ...], ...]
+    formats: Mapping[str, Format]
+    segments: Segments | None
+    streams: StreamConfig
+    seed: int
+
+
+class Output:
+    """The unfinished checkpoint and what is known about its blocks.
+
+    resumed        blocks from the first on that an earlier run finished
+    block_seconds  of the blocks that this one computed
+    """
+
+    def __init__(self, task: Task, writer: CheckpointWriter, journal: Journal, progress: Progress | None) -> None:
+        self.writer, self.journal = writer, journal
+        self._layers, self._progress = task.sizes.layers, progress
+        self.block_seconds: list[float] = []
+        self.resumed = next(
+            (layer for layer, block in enumerate(task.blocks) if not self._whole(layer, block)), self._layers
+        )
+
+    def _whole(self, layer: int, block: Sequence[LinearSite]) -> bool:
+        parts = [part for site in block for part in site.parts]
+        return layer in self.journal.blocks and all(self.writer.has_module(part.module) for part in parts)
+
+    def add_floats(self, task: Task) -> None:
+        """Everything that is not quantized: embedding, norms, head, biases."""
+        packed = {f"{part.module}.weight" for block in task.blocks for site in block for part in site.parts}
+        for name in float_shapes(task.arch, task.sizes):
+            if name not in packed and not self.writer.has(name):
+                self.writer.add_float(name, task.checkpoint.export(name))
+        self.writer.flush()
+
+    def add_site(self, site: LinearSite, quantized: QTensor) -> None:
+        start = 0
+        for part in site.parts:
+            self.writer.add_quantized(part.module, quantized.rows(start, start + part.n))
+            start += part.n
+
+    def read_site(self, site: LinearSite) -> QTensor:
+        """A site of a block that an earlier run finished."""
+        return concat_rows([self.writer.module(part.module) for part in site.parts])
+
+    def close_block(self, layer: int, reports: Sequence[SiteReport], *, begun: float) -> None:
+        """The block is complete on disk when this returns."""
+        self.journal.add(layer, reports)
+        self.writer.flush()
+        self.block_seconds.append(time.monotonic() - begun)
+        left_s = sum(self.block_seconds) / len(self.block_seconds) * (self._layers - layer - 1)
+        if self._progress is not None:
+            self._progress(layer + 1, self._layers, f"about {duration(left_s)} left" if left_s else "")
+
+    def tell(self, layer: int, note: str) -> None:
+        if self._progress is not None:
+            self._progress(layer, self._layers, note)
+
+
+def data_free(task: Task, output: Output, method: Method) -> None:
+    """Site by site: the memory of the largest one."""
+    for layer in range(output.resumed, task.sizes.layers):
+        begun = time.monotonic()
+        reports = []
+        for site in task.blocks[layer]:
+            output.tell(layer, site.name)
+            started = time.monotonic()
+            w = read_float_site(task.checkpoint, site)
+            quantized, fallback = quantize_site(w, task.formats[site.name], Stats(), method, site=site.name)
+            seconds = time.monotonic() - started
+            reports.append(site_report(site, quantized, w, name=task.name, seconds=seconds, fallback=fallback))
+            output.add_site(site, quantized)
+        output.close_block(layer, reports, begun=begun)
+
+
+def calibrated(task: Task, output: Output, segments: Segments, *, directory: Path) -> None:
+    """Block by block; those that an earlier run finished only pass the hidden states on.
+
+    directory  where streams go that are too large for memory
+    """
+    quantized = _embedded(task, segments, directory)
+    float_stream = _embedded(task, segments, directory) if "float_stream" in task.method.needs else None
+    length = segments.tokens.shape[1]
+    batch = max(1, BATCH_TOKENS // length)
+    cos, sin = task.sizes.rope.tables(length)
+    for layer, sites in enumerate(task.blocks):
+        begun = time.monotonic()
+        block = load_float_block(task.checkpoint, task.arch, task.sizes, layer)
+        floats = dict(block.linears)
+        reports: list[SiteReport] = []
+        if layer < output.resumed:
+            output.tell(layer, f"layers.{layer}, finished before")
+            for site in sites:
+                replace_weight(block, site, output.read_site(site))
+        else:
+            job = BlockJob(
+                layer=layer,
+                block=block,
+                sites=sites,
+                formats=task.formats,
+                quantized=quantized,
+                float_stream=float_stream,
+                cos=cos,
+                sin=sin,
+                batch=batch,
+                seed=task.seed,
+            )
+            results = quantize_block(job, task.method, name=task.name, progress=partial(output.tell, layer))
+            for site, result in zip(sites, results, strict=True):
+                output.add_site(site, result.quantized)
+            reports = [result.report for result in results]
+            del results, job
+        if layer + 1 < task.sizes.layers:
+            advance(quantized, block, cos, sin, batch=batch)
+            if float_stream is not None:
+                block.linears.update(floats)
+                advance(float_stream, block, cos, sin, batch=batch)
+        if layer >= output.resumed:
+            output.close_block(layer, reports, begun=begun)
+
+
+def _embedded(task: Task, segments: Segments, directory: Path) -> HiddenStates:
+    samples, length = segments.tokens.shape
+    stream = HiddenStates(samples, length, task.sizes.hidden, config=task.streams, directory=directory)
+    embedding = load_embedding(task.checkpoint, task.arch, task.sizes)
+    for i in range(samples):
+        stream.write(i, embedding[segments.tokens[i : i + 1]])
+    return stream
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if minutes else f"{rest} s"
