@@ -14,10 +14,12 @@ from dibit.engine.checkpoint.checkpoint import (
     ZeroDecision,
 )
 from dibit.engine.checkpoint.resolve import SUPPORTED, resolve_model
+from dibit.engine.checkpoint.writer import CheckpointWriter
 from dibit.engine.errors import CheckpointError
 
 __all__ = [
     "Checkpoint",
+    "CheckpointWriter",
     "ModuleRule",
     "Quantization",
     "TensorInfo",

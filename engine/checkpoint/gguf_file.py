@@ -53,8 +53,8 @@ class GgufCheckpoint:
 
     @property
     def name(self) -> str:
-        value = self.fields.get("general.name")
-        return value.value if value is not None and isinstance(value.value, str) and value.value else self.path.stem
+        # general.name is often an internal title; the file's name is what people know the model by.
+        return self.path.stem
 
     @property
     def quantization(self) -> Quantization | None:

@@ -15,7 +15,7 @@ from dibit.engine.errors import CheckpointError
 from dibit.kernels.formats import Format, FormatError
 
 SUPPORTED = "GPTQ (checkpoint_format gptq or gptq_v2; 2, 3, 4 or 8 bits; no act-order), or an unquantized model"
-MAX_PATTERN = 500
+MAX_PATTERN = 1000
 _ALIASES = {
     "bits": ("bits", "w_bit", "wbits"),
     "group_size": ("group_size", "q_group_size", "groupsize"),

@@ -1,0 +1,158 @@
+"""What `dibit inspect` tells about a checkpoint: sizes, formats per kind of layer, how it will be read, and why."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from dibit.engine.checkpoint import open_checkpoint
+from dibit.engine.checkpoint.checkpoint import Checkpoint, ZeroChoice
+from dibit.engine.checkpoint.gptq import PARTS
+
+_LINEAR = re.compile(r".*\.layers\.\d+\.(?:.+\.)?([^.]+_proj)\.(?:weight|qweight)")
+
+
+@dataclass(frozen=True)
+class TypeSize:
+    """Tensors of one type on disk."""
+
+    stored: str
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class SiteFormat:
+    """Linears of one kind that share a format ("q_proj", "int4-g64")."""
+
+    site: str
+    format: str
+    modules: int
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """
+    parameters       weights of the model, a tied head counted once
+    bits_per_weight  stored bits of a linear's weight on average, scales and zero points included
+    quantization     declared method and format; None for a model in float (or in GGUF blocks)
+    zero_convention  how zero points are read, with the reason beside it
+    """
+
+    name: str
+    path: str
+    architecture: str
+    layers: int | None
+    context_length: int | None
+    parameters: int
+    file_bytes: int
+    bits_per_weight: float
+    types: tuple[TypeSize, ...]
+    sites: tuple[SiteFormat, ...]
+    quantization: str | None
+    quantizer: str | None
+    zero_convention: str | None
+    zero_reason: str | None
+    tokenizer: bool
+    chat_template: bool
+
+    def text(self) -> str:
+        """The summary for a person."""
+        lines = [
+            f"{self.name}  ({self.path})",
+            f"architecture    {self.architecture}, {self.layers} layers, context {self.context_length}",
+            f"parameters      {self.parameters / 1e6:.1f} M in {self.file_bytes / 1e6:.1f} MB",
+            f"linears         {self.bits_per_weight:.2f} bits per weight",
+            f"quantization    {self.quantization or 'none'}" + (f", by {self.quantizer}" if self.quantizer else ""),
+        ]
+        if self.zero_convention:
+            lines.append(f"zero points     {self.zero_convention}: {self.zero_reason}")
+        lines.append(f"tokenizer       {_yes(self.tokenizer)}, chat template {_yes(self.chat_template)}")
+        lines.extend(f"  {t.stored:<8} {t.tensors:>5} tensors {t.nbytes / 1e6:>10.2f} MB" for t in self.types)
+        lines.extend(f"  {s.site:<12} {s.format:<12} x {s.modules}" for s in self.sites)
+        return "\n".join(lines)
+
+
+def inspect_checkpoint(path: Path | str, *, gptq_zero: ZeroChoice = "auto") -> CheckpointSummary:
+    """Facts of the checkpoint at `path`, from headers and, for the zero convention, a few packed linears.
+
+    Raises CheckpointError when it cannot be opened.
+    """
+    checkpoint = open_checkpoint(path, gptq_zero=gptq_zero)
+    try:
+        return _summary(checkpoint)
+    finally:
+        checkpoint.close()
+
+
+def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
+    quantization, decision = checkpoint.quantization, checkpoint.zero_decision()
+    architectures = checkpoint.config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    return CheckpointSummary(
+        name=checkpoint.name,
+        path=str(checkpoint.path),
+        architecture=str(architecture or checkpoint.config.get("model_type") or "unknown"),
+        layers=_whole(checkpoint.config.get("num_hidden_layers")),
+        context_length=_whole(checkpoint.config.get("max_position_embeddings")),
+        parameters=sum(_parameters(checkpoint, name) for name in checkpoint.names()),
+        file_bytes=checkpoint.packed_bytes() + checkpoint.float_bytes(),
+        bits_per_weight=_bits_per_weight(checkpoint),
+        types=_types(checkpoint),
+        sites=_sites(checkpoint),
+        quantization=None
+        if quantization is None
+        else f"{quantization.method} {quantization.format.name}, "
+        f"{'symmetric' if quantization.symmetric else 'asymmetric'}, labelled {quantization.checkpoint_format}",
+        quantizer=None if quantization is None else quantization.quantizer,
+        zero_convention=None if decision is None else decision.convention,
+        zero_reason=None if decision is None else decision.reason,
+        tokenizer=checkpoint.has_tokenizer(),
+        chat_template=checkpoint.has_chat_template(),
+    )
+
+
+def _parameters(checkpoint: Checkpoint, name: str) -> int:
+    module, _, part = name.rpartition(".")
+    if part not in PARTS:
+        return checkpoint.info(name).numel
+    packed = checkpoint.linear_format(module) if part == "qweight" else None
+    return 0 if packed is None else checkpoint.info(name).numel * 32 // packed.bits
+
+
+def _bits_per_weight(checkpoint: Checkpoint) -> float:
+    bits = weights = 0
+    for name in checkpoint.names():
+        if _LINEAR.fullmatch(name):
+            module = name.rpartition(".")[0]
+            stored = [f"{module}.{part}" for part in PARTS[:3]] if name.endswith(".qweight") else [name]
+            bits += 8 * sum(checkpoint.info(part).nbytes for part in stored)
+            weights += _parameters(checkpoint, name)
+    return bits / weights if weights else 0.0
+
+
+def _types(checkpoint: Checkpoint) -> tuple[TypeSize, ...]:
+    sizes: dict[str, list[int]] = defaultdict(list)
+    for name in checkpoint.names():
+        info = checkpoint.info(name)
+        sizes[info.stored].append(info.nbytes)
+    return tuple(TypeSize(stored, len(sizes[stored]), sum(sizes[stored])) for stored in sorted(sizes))
+
+
+def _sites(checkpoint: Checkpoint) -> tuple[SiteFormat, ...]:
+    count: Counter[tuple[str, str]] = Counter()
+    for name in checkpoint.names():
+        if match := _LINEAR.fullmatch(name):
+            packed = checkpoint.linear_format(name.rpartition(".")[0])
+            count[match[1], packed.name if packed else checkpoint.info(name).stored] += 1
+    return tuple(SiteFormat(site, kind, modules) for (site, kind), modules in sorted(count.items()))
+
+
+def _whole(value: object) -> int | None:
+    return value if type(value) is int else None
+
+
+def _yes(value: bool) -> str:  # noqa: FBT001
+    return "yes" if value else "no"
