@@ -35,12 +35,12 @@ def transformers_model(path: Path) -> Any:
     state = {}
     for name in model.state_dict():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and checkpoint.linear_format(module) is not None:
+        if checkpoint.has(name):
+            state[name] = checkpoint.tensor(name).float()
+        elif leaf == "weight" and checkpoint.has(f"{module}.qweight"):
             packed = checkpoint.linear(module)
             assert isinstance(packed, QTensor)
             state[name] = dequantize(packed)
-        elif checkpoint.has(name):
-            state[name] = checkpoint.tensor(name).float()
     missing = model.load_state_dict(state, strict=False).missing_keys
     if config.tie_word_embeddings:
         model.tie_weights()

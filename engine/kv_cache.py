@@ -5,8 +5,10 @@ Which sequence owns a block is the scheduler's knowledge alone; here a block is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,10 +57,16 @@ def block_bytes(sizes: Sizes, *, block_size: int, dtype: torch.dtype) -> int:
 def allocate(
     sizes: Sizes, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> KVCache:
-    """An empty cache. The system backs its pages as they are first written."""
+    """An empty cache. On the CPU the system backs its pages as they are first written."""
     shape = (num_blocks, sizes.kv_heads, block_size, sizes.head_dim)
 
+    def empty() -> Tensor:
+        if device is not None and device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        # torch.zeros writes every page of a cache of which a fraction will be used; numpy asks for zeroed ones.
+        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
     def layers() -> tuple[Tensor, ...]:
-        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(sizes.layers))
+        return tuple(empty() for _ in range(sizes.layers))
 
     return KVCache(k=layers(), v=layers())

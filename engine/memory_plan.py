@@ -229,7 +229,7 @@ def plan_model(model: str, config: EngineConfig) -> MemoryPlan:
     """`plan_memory` of a model by name: a directory, a .gguf file, a Hub id or "demo"."""
     from dibit.engine.checkpoint import open_checkpoint, resolve_model
 
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint = open_checkpoint(resolve_model(model), gptq_zero=config.gptq_zero)
     try:
         return plan_memory(checkpoint, config=config)
     finally:
