@@ -127,6 +127,8 @@ def load_tokenizer_directory(
             f"the tokenizer of {name} is a {type(hf).__name__}, which has no tokenizer.json form; "
             "save it with transformers as a fast tokenizer (tokenizer.json) beside the model"
         )
+    if not backend.get_vocab_size(with_added_tokens=False):
+        raise CheckpointError(f"{name} has no vocabulary; put the model's tokenizer.json or tokenizer.model there")
     eos = set(_ids(hf.eos_token_id, "the tokenizer's eos_token_id"))
     eos.update(_ids((config or {}).get("eos_token_id"), "config.json: eos_token_id"))
     generation = _ids(_generation_config(directory).get("eos_token_id"), "generation_config.json: eos_token_id")

@@ -13,13 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dibit.engine.chat_end import CHAT_END_TOKENS, chat_end_ids
 from dibit.engine.errors import CheckpointError
 
 if TYPE_CHECKING:
     import tokenizers
+
+T = TypeVar("T")
 
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ONE_DIGIT = r"\p{N}"
@@ -118,7 +120,8 @@ def write_tokenizer_files(fields: Mapping[str, Field], directory: Path) -> None:
         config["chat_template"] = templates["default"]
     elif templates:
         config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
-    eos = {i for key in ("eos", "eot", "eom") if (i := _token_id(fields, key, vocab.tokens)) is not None}
+    eos = {i for key in ("eot", "eom") if (i := _token_id(fields, key, vocab.tokens)) is not None}
+    eos |= {i for role, i in vocab.roles.items() if role == "eos"}
     eos |= chat_end_ids({vocab.tokens[i]: i for i in vocab.special}, "\n".join(templates.values()))
     generation: dict[str, Any] = {f"{role}_token_id": i for role, i in vocab.roles.items() if role in ("bos", "pad")}
     if eos:
@@ -147,18 +150,18 @@ class Vocabulary:
 
     @classmethod
     def of(cls, fields: Mapping[str, Field]) -> Vocabulary:
-        kind = _value(fields, "tokenizer.ggml.model")
+        kind = _one(fields, "tokenizer.ggml.model", str)
         if kind not in ("gpt2", "llama"):
             raise CheckpointError(
                 f"the GGUF file's tokenizer is of the kind {kind!r} (tokenizer.ggml.model); supported: 'gpt2' "
                 "(byte-level BPE), 'llama' (sentencepiece BPE)"
             )
-        tokens = tuple(_value(fields, "tokenizer.ggml.tokens") or ())
+        tokens = tuple(_list(fields, "tokenizer.ggml.tokens", str) or ())
         if not tokens:
             raise CheckpointError(
                 "the GGUF file has no tokens (tokenizer.ggml.tokens); it was cut short or has no text"
             )
-        types = _value(fields, "tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
+        types = _list(fields, "tokenizer.ggml.token_type", int) or [TokenType.NORMAL] * len(tokens)
         if len(types) != len(tokens):
             raise CheckpointError(f"the GGUF file has {len(tokens)} tokens and {len(types)} token types")
         roles = {}
@@ -178,39 +181,44 @@ class Vocabulary:
 
 def build_tokenizer(fields: Mapping[str, Field], vocab: Vocabulary) -> tokenizers.Tokenizer:
     """The `tokenizers.Tokenizer` of the metadata. Raises CheckpointError."""
-    from tokenizers import AddedToken, processors
+    from tokenizers import AddedToken
 
     try:
-        tokenizer = _byte_level(fields, vocab) if vocab.kind == "gpt2" else _sentencepiece(fields, vocab)
+        if vocab.kind == "gpt2":
+            tokenizer, add_bos = _byte_level(fields, vocab)
+        else:
+            tokenizer, add_bos = _sentencepiece(fields, vocab), True
+        for ids, special in ((vocab.special, True), (vocab.user_defined, False)):
+            tokenizer.add_tokens([AddedToken(vocab.tokens[i], special=special, normalized=False) for i in ids])
+        add_bos = _flag(fields, "add_bos_token", default=add_bos)
+        add_eos = _flag(fields, "add_eos_token", default=False)
+        _frame(tokenizer, vocab, [role for role, add in (("bos", add_bos), ("eos", add_eos)) if add])
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(
             f"the GGUF file's tokenizer does not hold together: {error}; convert the model again"
         ) from error
-    tokenizer.add_special_tokens([AddedToken(vocab.tokens[i], special=True, normalized=False) for i in vocab.special])
-    tokenizer.add_tokens([AddedToken(vocab.tokens[i], special=False, normalized=False) for i in vocab.user_defined])
-
-    by_default = PRE[_value(fields, "tokenizer.ggml.pre")].add_bos if vocab.kind == "gpt2" else True
-    before = ["bos"] if _flag(fields, "add_bos_token", default=by_default) and "bos" in vocab.roles else []
-    after = ["eos"] if _flag(fields, "add_eos_token", default=False) and "eos" in vocab.roles else []
-    if before or after:
-        around = [(vocab.tokens[vocab.roles[role]], vocab.roles[role]) for role in (*before, *after)]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[
-                *(vocab.tokens[vocab.roles[r]] for r in before),
-                "$A",
-                *(vocab.tokens[vocab.roles[r]] for r in after),
-            ],
-            special_tokens=around,
-        )
     return tokenizer
 
 
-def _byte_level(fields: Mapping[str, Field], vocab: Vocabulary) -> tokenizers.Tokenizer:
+def _frame(tokenizer: tokenizers.Tokenizer, vocab: Vocabulary, roles: Sequence[str]) -> None:
+    """Let every text begin with BOS and end with EOS, as far as they are in `roles` and in the vocabulary."""
+    from tokenizers import processors
+
+    around = {role: (vocab.tokens[vocab.roles[role]], vocab.roles[role]) for role in roles if role in vocab.roles}
+    if around:
+        begin, end = ([around[role][0]] if role in around else [] for role in ("bos", "eos"))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*begin, "$A", *end], special_tokens=list(around.values())
+        )
+
+
+def _byte_level(fields: Mapping[str, Field], vocab: Vocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer, and whether BOS starts a text when the file does not say."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    name = _value(fields, "tokenizer.ggml.pre")
+    name = _one(fields, "tokenizer.ggml.pre", str)
     if name not in PRE:
         raise CheckpointError(
             f"the GGUF file names the pre-tokenizer {name!r} (tokenizer.ggml.pre); "
@@ -218,7 +226,7 @@ def _byte_level(fields: Mapping[str, Field], vocab: Vocabulary) -> tokenizers.To
             + ("" if name else ", or convert the model again with a newer converter, which writes the name")
         )
     pre = PRE[name]
-    merges = _value(fields, "tokenizer.ggml.merges")
+    merges = _list(fields, "tokenizer.ggml.merges", str)
     if merges is None:
         raise CheckpointError("the GGUF file has a byte-level BPE without merges (tokenizer.ggml.merges)")
     tokenizer = Tokenizer(
@@ -233,13 +241,13 @@ def _byte_level(fields: Mapping[str, Field], vocab: Vocabulary) -> tokenizers.To
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return tokenizer, pre.add_bos
 
 
 def _sentencepiece(fields: Mapping[str, Field], vocab: Vocabulary) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = _value(fields, "tokenizer.ggml.scores")
+    scores = _list(fields, "tokenizer.ggml.scores", float)
     if scores is None or len(scores) != len(vocab.tokens):
         raise CheckpointError(
             f"the GGUF file has {len(vocab.tokens)} tokens and {len(scores or ())} scores (tokenizer.ggml.scores); "
@@ -293,33 +301,37 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _chat_templates(fields: Mapping[str, Field]) -> dict[str, str]:
-    templates = {}
-    default = _value(fields, "tokenizer.chat_template")
-    if default:
-        templates["default"] = default
-    for name in _value(fields, "tokenizer.chat_templates") or ():
-        text = _value(fields, f"tokenizer.chat_template.{name}")
-        if text:
-            templates[name] = text
-    return templates
+    named = _list(fields, "tokenizer.chat_templates", str) or []
+    keys = {"default": "tokenizer.chat_template", **{name: f"tokenizer.chat_template.{name}" for name in named}}
+    return {name: text for name, key in keys.items() if (text := _one(fields, key, str))}
 
 
 def _token_id(fields: Mapping[str, Field], key: str, tokens: Sequence[str]) -> int | None:
-    value = _value(fields, f"tokenizer.ggml.{key}_token_id")
-    if value is None:
-        return None
-    if not 0 <= value < len(tokens):
+    value = _one(fields, f"tokenizer.ggml.{key}_token_id", int)
+    if value is not None and not 0 <= value < len(tokens):
         raise CheckpointError(
             f"the GGUF file's tokenizer.ggml.{key}_token_id is {value}; its tokens are 0 to {len(tokens) - 1}"
         )
-    return int(value)
+    return value
 
 
 def _flag(fields: Mapping[str, Field], key: str, *, default: bool) -> bool:
-    value = _value(fields, f"tokenizer.ggml.{key}")
-    return default if value is None else bool(value)
+    value = _one(fields, f"tokenizer.ggml.{key}", bool)
+    return default if value is None else value
 
 
-def _value(fields: Mapping[str, Field], key: str) -> Any:
-    field = fields.get(key)
-    return None if field is None else field.contents()
+def _one(fields: Mapping[str, Field], key: str, kind: type[T]) -> T | None:
+    """A metadata entry of this type; None if the file has none."""
+    value = fields[key].contents() if key in fields else None
+    if value is not None and type(value) is not kind:
+        raise CheckpointError(f"the GGUF file's {key} is a {type(value).__name__}; it must be a {kind.__name__}")
+    return value
+
+
+def _list(fields: Mapping[str, Field], key: str, kind: type[T]) -> list[T] | None:
+    """A metadata entry that is a list of this type; None if the file has none."""
+    value = _one(fields, key, list)
+    if value is not None and (wrong := {type(item) for item in value} - {kind}):
+        found = ", ".join(sorted(t.__name__ for t in wrong))
+        raise CheckpointError(f"the GGUF file's {key} holds {found}; it must hold only {kind.__name__}")
+    return value
