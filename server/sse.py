@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import orjson
@@ -74,7 +74,8 @@ class EventStream(Response):
         self._sending = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await until_disconnect(receive, self._run(send))
+        with suppress(ClientGoneError):
+            await until_disconnect(receive, self._run(send))
 
     async def _run(self, send: Send) -> None:
         self._last_sent_s = asyncio.get_running_loop().time()

@@ -73,7 +73,7 @@ def serving(
         with httpx.Client(base_url=url, timeout=20, limits=httpx.Limits(max_connections=None)) as http:
             yield Live(url, async_engine, runner, server, thread, http)
     finally:
-        server.force_exit = server.should_exit = True
+        server.should_exit = True
         thread.join(20)
         async_engine.stop(20)
         assert not thread.is_alive()
