@@ -58,11 +58,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Except
     if logits.shape[0] != len(requests):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
     if logits.device.type != "cpu" and all(_is_plain(request) for request in requests):
-        values, ids = logits.max(dim=-1)
-        return [
-            Sampled(token_id) if math.isfinite(peak) else _fault(request, peak)
-            for request, token_id, peak in zip(requests, ids.tolist(), values.tolist(), strict=True)
-        ]
+        return _highest_on_device(logits, requests)
     rows = _rows(logits)
     # NaN counts as the highest here, so the peak of a row with any is NaN.
     best = rows.argmax(axis=1)
@@ -132,6 +128,15 @@ def _is_edited(request: Request) -> bool:
         or params.frequency_penalty
         or request.num_output < params.min_tokens
     )
+
+
+def _highest_on_device(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Exception]:
+    """Plain greedy rows where they lie: only ids and peaks travel."""
+    values, ids = logits.max(dim=-1)
+    return [
+        Sampled(token_id) if math.isfinite(peak) else _fault(request, peak)
+        for request, token_id, peak in zip(requests, ids.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def _sample_row(row: Floats, best: int, peak: float, request: Request) -> Sampled | Exception:
