@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from dibit.engine.batch import build_batch
 from dibit.engine.config import SamplingParams
 from dibit.engine.kv_cache import allocate
@@ -19,8 +22,6 @@ from dibit.engine.models.spec import sites
 from dibit.engine.request import Request
 from dibit.engine.step import Chunk, Step
 from dibit.kernels.formats import Format, QTensor, dequantize
-from safetensors.torch import load_file
-from torch import Tensor
 
 VOCAB = 97
 SMALL: dict[str, Any] = {
@@ -120,8 +121,13 @@ def quantized(weights: MemoryWeights, formats: Mapping[str, Format] | Format) ->
                 chosen = formats if isinstance(formats, Format) else formats.get(part.module.rpartition(".")[2])
                 if chosen is not None:
                     w = low.tensors.pop(f"{part.module}.weight")
-                    low.packed[part.module] = chosen.encode(w, *chosen.ranges(w))
+                    low.packed[part.module] = stored(chosen.encode(w, *chosen.ranges(w)))
     return low
+
+
+def stored(w: QTensor) -> QTensor:
+    """As a checkpoint gives it back: scales in float16."""
+    return QTensor(w.codes, w.zeros, w.scales.half(), w.format)
 
 
 def dequantized(weights: MemoryWeights, model: Any) -> Any:
