@@ -53,7 +53,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Except
     """The next token of each request, or why there is none.
 
     logits [R, V] float32, row r for requests[r]; not changed. An exception stands in the list for a row with NaN, +inf
-    or nothing but -inf.
+    or nothing but -inf, and for one whose parameters name ids that the logits do not have.
     """
     if logits.shape[0] != len(requests):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
@@ -65,7 +65,10 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Except
     results: list[Sampled | Exception] = []
     for row, token_id, request in zip(rows, best.tolist(), requests, strict=True):
         peak = float(row[token_id])
-        results.append(_sample_row(row, token_id, peak, request) if math.isfinite(peak) else _fault(request, peak))
+        try:
+            results.append(_sample_row(row, token_id, peak, request) if math.isfinite(peak) else _fault(request, peak))
+        except Exception as error:
+            results.append(error)
     return results
 
 

@@ -305,6 +305,14 @@ def test_a_broken_row_fails_alone(params: dict[str, Any]) -> None:
             raise result
 
 
+def test_ids_the_logits_do_not_have_fail_their_row_alone() -> None:
+    rows = [request(logit_bias={9: 1.0}), request(temperature=0, repetition_penalty=2.0, output=(9,)), request(seed=2)]
+    bias, penalty, fine = sample(torch.tensor([[0.0, 50.0]] * 3), rows)
+    assert isinstance(bias, IndexError)
+    assert isinstance(penalty, IndexError)
+    assert fine == Sampled(1)
+
+
 def test_a_ban_that_leaves_nothing_fails_its_row_alone() -> None:
     logits = torch.tensor([[1.0, -math.inf], [1.0, 0.0]])
     rows = [request(min_tokens=1, eos=(0,), temperature=0), request(min_tokens=1, eos=(0,), temperature=0)]
