@@ -16,13 +16,15 @@ def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
     from dibit.engine.runner import ModelRunner
     from dibit.engine.tokenizer import load_tokenizer
 
-    checkpoint = open_checkpoint(resolve_model(str(model)))
+    checkpoint = open_checkpoint(resolve_model(str(model)), gptq_zero=config.gptq_zero)
     try:
         tokenizer = load_tokenizer(checkpoint)
         decoder = load_decoder(checkpoint, config=config)
     finally:
         checkpoint.close()
-    return EngineCore(ModelRunner(decoder, config), tokenizer, config)
+    runner = ModelRunner(decoder, config)
+    runner.warm_up()
+    return EngineCore(runner, tokenizer, config)
 
 
 def build_engine(model: str | Path, config: EngineConfig, *, model_name: str | None = None) -> AsyncEngine:

@@ -20,6 +20,7 @@ from dibit.engine.detokenizer import IncrementalDetokenizer
 from dibit.engine.errors import ContextLengthError, EngineDead, RequestError
 from dibit.engine.outputs import EngineStats, RequestOutput
 from dibit.engine.request import FinishReason, Request, TokenLogprob
+from dibit.engine.sampler import validate
 from dibit.engine.scheduler import Advance, Scheduler
 from dibit.engine.step import Chunk, Runner, Sampled, Step, StepResult
 from dibit.engine.tokenizer import Tokenizer
@@ -73,14 +74,12 @@ class EngineCore:
         limit, vocab = self.max_model_len, self.tokenizer.vocab_size
         if not prompt:
             raise RequestError("the prompt is empty: it has no tokens; send at least one", param="prompt")
-        for name, ids in (
-            ("prompt", prompt),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            unknown = next((i for i in ids if not 0 <= i < vocab), None)
-            if unknown is not None:
-                raise RequestError(f"{name} has the token id {unknown}; ids lie in [0, {vocab})", param=name)
+        unknown = next((i for i in prompt if not 0 <= i < vocab), None)
+        if unknown is not None:
+            raise RequestError(
+                f"the prompt has the token id {unknown}; this model's ids are 0 to {vocab - 1}", param="prompt"
+            )
+        validate(params, vocab)
         if params.max_tokens is None:
             max_tokens = limit - len(prompt)
             fits = max_tokens >= 1
