@@ -16,6 +16,9 @@ namespace {
 // neighbour on the same core would notice.
 constexpr int kSpins = 2000;
 
+// Small enough that the last piece keeps the others waiting for little, large enough to stream.
+constexpr int kPiecesPerThread = 8;
+
 inline void pause() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -24,6 +27,9 @@ inline void pause() {
 #endif
 }
 
+// A range is cut into pieces that threads take in turn, so that a thread whose core is busy with something else (or
+// that has not woken up yet) delays nobody. The ticket holds the number of the range and its next piece in one word:
+// a thread reads the range, then takes the piece by compare-and-swap, which fails if that range is not current.
 class Pool {
  public:
   ~Pool() { resize(1); }
@@ -34,62 +40,74 @@ class Pool {
     std::lock_guard<std::mutex> turn(turn_);
     stop_workers();
     size_ = threads;
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i, seen = generation_.load()] { work(i, seen); });
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, seen = range_of(ticket_.load())] { work(seen); });
   }
 
   void run(int64_t n, int64_t grain, RangeFn fn, void* context) {
     std::lock_guard<std::mutex> turn(turn_);
     const int64_t grains = (n + grain - 1) / grain;
-    const int parts = static_cast<int>(std::min<int64_t>(size_, grains));
-    if (parts <= 1) {
+    const int64_t pieces = size() == 1 ? 1 : std::min<int64_t>(size() * kPiecesPerThread, grains);
+    if (pieces <= 1) {
       if (n > 0) fn(context, 0, n);
       return;
     }
-    n_ = n, grain_ = grain, parts_ = parts, fn_ = fn, context_ = context;
-    pending_.store(size_ - 1, std::memory_order_relaxed);
+    n_ = n, grain_ = grain, pieces_ = pieces, fn_ = fn, context_ = context;
+    done_ = 0;
     publish();
-    part(0);
-    for (int spins = 0; pending_.load(std::memory_order_acquire) != 0; ++spins) {
+    take_pieces();
+    for (int spins = 0; done_.load(std::memory_order_acquire) != pieces; ++spins) {
       if (spins < kSpins) pause();
       else std::this_thread::yield();
     }
   }
 
  private:
+  static uint32_t range_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
+
   void publish() {
     {
       std::lock_guard<std::mutex> lock(sleep_);
-      generation_.fetch_add(1, std::memory_order_release);
+      ticket_.store(static_cast<uint64_t>(range_of(ticket_.load()) + 1) << 32, std::memory_order_release);
     }
     if (sleepers_.load(std::memory_order_acquire) != 0) wake_.notify_all();
   }
 
-  void part(int index) {
-    if (index >= parts_) return;
-    const int64_t grains = (n_ + grain_ - 1) / grain_;
-    const int64_t begin = grains * index / parts_ * grain_;
-    const int64_t end = std::min(n_, grains * (index + 1) / parts_ * grain_);
-    if (begin < end) fn_(context_, begin, end);
+  // Works until nothing of the current range is left to take; returns that range's number.
+  uint32_t take_pieces() {
+    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+    for (;;) {
+      const int64_t piece = static_cast<uint32_t>(ticket), pieces = pieces_, n = n_, grain = grain_;
+      const RangeFn fn = fn_;
+      void* context = context_;
+      if (piece >= pieces) return range_of(ticket);
+      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+        continue;
+      const int64_t grains = (n + grain - 1) / grain;
+      const int64_t begin = grains * piece / pieces * grain;
+      fn(context, begin, std::min(n, grains * (piece + 1) / pieces * grain));
+      done_.fetch_add(1, std::memory_order_release);
+      ticket = ticket_.load(std::memory_order_acquire);
+    }
   }
 
-  void work(int index, unsigned seen) {
+  void work(uint32_t seen) {
     for (;;) {
-      for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) pause();
-      if (generation_.load(std::memory_order_acquire) == seen) {
+      auto waiting = [&] { return range_of(ticket_.load(std::memory_order_acquire)) == seen; };
+      for (int spins = 0; spins < kSpins && waiting(); ++spins) pause();
+      if (waiting()) {
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1, std::memory_order_release);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+        wake_.wait(lock, [&] { return !waiting(); });
         sleepers_.fetch_sub(1, std::memory_order_release);
       }
-      seen = generation_.load(std::memory_order_acquire);
       if (stopping_) return;
-      part(index);
-      pending_.fetch_sub(1, std::memory_order_release);
+      seen = take_pieces();
     }
   }
 
   void stop_workers() {
     stopping_ = true;
+    pieces_ = 0;
     publish();
     for (std::thread& worker : workers_) worker.join();
     workers_.clear();
@@ -98,14 +116,14 @@ class Pool {
 
   std::mutex turn_, sleep_;
   std::condition_variable wake_;
-  std::atomic<unsigned> generation_{0};
-  std::atomic<int> pending_{0}, sleepers_{0}, size_{1};
+  std::atomic<uint64_t> ticket_{0};
+  std::atomic<int> sleepers_{0}, size_{1};
   std::atomic<bool> stopping_{false};
   std::vector<std::thread> workers_;
-  int64_t n_ = 0, grain_ = 1;
-  int parts_ = 0;
-  RangeFn fn_ = nullptr;
-  void* context_ = nullptr;
+  // The current range. Atomic because a late thread may read them while the next range is written.
+  std::atomic<int64_t> n_{0}, grain_{1}, pieces_{0}, done_{0};
+  std::atomic<RangeFn> fn_{nullptr};
+  std::atomic<void*> context_{nullptr};
 };
 
 // Never destroyed: workers may still spin while the process exits.

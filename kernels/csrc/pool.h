@@ -9,7 +9,8 @@ namespace dibit {
 
 using RangeFn = void (*)(void* context, int64_t begin, int64_t end);
 
-// Runs fn over [0, n) cut into contiguous parts, one per thread, each a multiple of `grain` but the last.
+// Runs fn over [0, n) cut into contiguous pieces, each a multiple of `grain` but the last, taken in turn by the threads:
+// which thread gets which piece is left to chance, so fn's result must not depend on the cut.
 void run_range(int64_t n, int64_t grain, RangeFn fn, void* context);
 
 int thread_count();

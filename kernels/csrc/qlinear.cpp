@@ -6,11 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "isa.h"
+#include "memory.h"
 #include "pool.h"
 
 namespace dibit {
@@ -32,16 +30,6 @@ bool valid(const QWeight& w) {
   return width && block && scale && w.n > 0 && w.k > 0 && w.blocks > 0 && w.padded == w.blocks * w.block &&
          w.padded >= w.k && w.padded % (w.bits == 3 ? 32 : 16) == 0 && w.blocks_per_group > 0 &&
          w.groups * w.blocks_per_group == w.blocks;
-}
-
-// Large weights in 2 MB pages: a step streams through all of them and would miss the TLB on every 4 KB.
-void advise_huge(const void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2u << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHuge - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 // One 64-byte cell as 16 words, 4 codes of a row each.
@@ -232,6 +220,7 @@ DIBIT_API int dibit_qlinear_pack(const QWeight* w, const uint8_t* codes, const u
 DIBIT_API int dibit_qlinear(const QWeight* w, const float* x, int64_t m, const float* bias, float* y) {
   static thread_local dibit::Workspace space;
   if (!dibit::valid(*w) || m < 0) return dibit::kBadLayout;
+  if (m == 0) return dibit::kOk;
   if (!space.reserve(m, *w)) return dibit::kNoMemory;
   dibit::linear(*w, x, m, bias, y, space);
   return dibit::kOk;

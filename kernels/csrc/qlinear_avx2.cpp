@@ -184,6 +184,7 @@ void gemv_body(const QWeight& w, const Activations& a, const float* bias, float*
         v += 3 * kCell, x += 32;
       } else {
         for (int64_t i = 0; i < w.blocks_per_group; ++i, ++b, v += kBlockBytes, x += BLOCK) {
+          prefetch(v, kBlockBytes);
           __m256i dots[2];
           dot_block<BITS, BLOCK>(v, x, dots);
           sum0 = accumulate(sum0, dots[0], meta.zero[0], meta.scale[0], a.scales[b], a.sums[b]);

@@ -156,8 +156,10 @@ void gemv_body(const QWeight& w, const Activations& a, const float* bias, float*
         ++b;
         v += 3 * kCell, x += 32;
       } else {
-        for (int64_t i = 0; i < w.blocks_per_group; ++i, ++b, v += kBlockBytes, x += BLOCK)
+        for (int64_t i = 0; i < w.blocks_per_group; ++i, ++b, v += kBlockBytes, x += BLOCK) {
+          prefetch(v, kBlockBytes);
           sum = accumulate(sum, dot_block<BITS, BLOCK>(v, x), meta.zero, meta.scale, a.scales[b], a.sums[b]);
+        }
       }
     }
     alignas(64) float sums[kRows];
