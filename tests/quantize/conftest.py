@@ -27,7 +27,7 @@ def one_thread() -> Iterator[None]:
 def draw(count: int, seed: int) -> list[int]:
     """Tokens of a skewed distribution."""
     rng = random.Random(seed)
-    return [min(int(rng.expovariate(0.05)), VOCAB - 1) for _ in range(count)]
+    return [min(2 + int(rng.expovariate(0.05)), VOCAB - 1) for _ in range(count)]
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +56,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 # Hidden states with loud columns, as real ones have.
                 parameter[:, ::9] *= 3
     model.save_pretrained(path)
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words = {"unknown": 0, "end": 1} | {f"w{i}": i for i in range(2, VOCAB)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="unknown"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", eos_token="w1").save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="unknown", eos_token="end").save_pretrained(path)
     return path
 
 

@@ -46,6 +46,14 @@ def gptq(model: Path, out: Path, text: Path, **changes: Any) -> QuantizeReport:
     return quantize_checkpoint(str(model), out, **options)
 
 
+@pytest.fixture(scope="module")
+def whole(tiny: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed result of `gptq` with its defaults."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    gptq(tiny, out, text)
+    return out
+
+
 def weights(out: Path) -> dict[str, QTensor]:
     """Every packed linear of a checkpoint by module path."""
     checkpoint = open_checkpoint(out)
@@ -136,15 +144,13 @@ def test_gptq_is_closer_than_rtn(tiny: Path, text: Path, unseen: Tensor, tmp_pat
 
 
 @pytest.mark.parametrize("site", ["layers.0.qkv", "layers.1.gate_up", "layers.2.down"])
-def test_statistics_come_from_the_quantized_prefix(tiny: Path, text: Path, tmp_path: Path, site: str) -> None:
+def test_statistics_come_from_the_quantized_prefix(tiny: Path, text: Path, whole: Path, site: str) -> None:
     """transformers, with every linear before the site quantized, sees the same inputs and leads to the same codes."""
-    out = tmp_path / "out"
-    gptq(tiny, out, text)
     _, layer, key = site.split(".")
     order = [f"model.layers.{i}.{name}" for i in range(3) for name in MODULES]
     members = [f"model.layers.{layer}.{name}" for name in FUSED[key]]
     prefix = order[: order.index(members[0])]
-    model = with_weights(tiny, out, keep=prefix.__contains__)
+    model = with_weights(tiny, whole, keep=prefix.__contains__)
     hessian = HessianSum(model.get_submodule(members[0]).in_features)
     model.get_submodule(members[0]).register_forward_pre_hook(lambda _, args: hessian.add(args[0]))
     segments = load_segments(Calibration(text, **TEXT), lambda content: [int(w[1:]) for w in content.split()])
@@ -152,7 +158,7 @@ def test_statistics_come_from_the_quantized_prefix(tiny: Path, text: Path, tmp_p
         model(segments.tokens)
     w = torch.cat([model.get_submodule(member).weight.detach() for member in members])
     expected = GPTQ().quantize(w, Format(4, 16), hessian.stats())
-    found = concat_rows([weights(out)[member] for member in members])
+    found = concat_rows([weights(whole)[member] for member in members])
     # Another order of summation flips a code that sits on the border now and then, and those after it.
     assert float((found.codes != expected.codes).float().mean()) < 0.01
     assert not torch.equal(found.codes, RTN().quantize(w, Format(4, 16), Stats()).codes)
@@ -192,13 +198,12 @@ def test_a_plan_gives_sites_their_own_formats(tiny: Path, tmp_path: Path) -> Non
     assert found["model.layers.1.mlp.down_proj"] == Format(8, 32)
 
 
-def test_streams_in_a_file_change_nothing(tiny: Path, text: Path, unseen: Tensor, tmp_path: Path) -> None:
-    gptq(tiny, tmp_path / "memory", text)
+def test_streams_in_a_file_change_nothing(tiny: Path, text: Path, unseen: Tensor, whole: Path, tmp_path: Path) -> None:
     gptq(tiny, tmp_path / "file", text, streams=StreamConfig(memory_bytes=0))
-    assert contents(tmp_path / "memory") == contents(tmp_path / "file")
+    assert contents(whole) == contents(tmp_path / "file")
     gptq(tiny, tmp_path / "half", text, streams=StreamConfig(stream_type="float16"))
-    assert contents(tmp_path / "memory") != contents(tmp_path / "half")
-    assert divergence(tiny, tmp_path / "half", unseen) < 1.5 * divergence(tiny, tmp_path / "memory", unseen)
+    assert contents(whole) != contents(tmp_path / "half")
+    assert divergence(tiny, tmp_path / "half", unseen) < 1.5 * divergence(tiny, whole, unseen)
 
 
 KILLED = """
@@ -241,7 +246,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
 
 @pytest.mark.parametrize("event", range(1, 16, 2))
 def test_an_interrupt_anywhere_leaves_nothing_that_looks_whole(
-    tiny: Path, text: Path, tmp_path: Path, event: int
+    tiny: Path, text: Path, whole: Path, tmp_path: Path, event: int
 ) -> None:
     out, count = tmp_path / "out", 0
 
@@ -255,9 +260,9 @@ def test_an_interrupt_anywhere_leaves_nothing_that_looks_whole(
         gptq(tiny, out, text, progress=progress)
     assert not out.exists()
     gptq(tiny, out, text)
-    gptq(tiny, tmp_path / "whole", text)
-    assert contents(out) == contents(tmp_path / "whole")
-    assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
+    assert contents(out) == contents(whole)
+    assert sorted(os.listdir(out)) == sorted(os.listdir(whole))
+    assert leftovers(out) == []
 
 
 def test_other_settings_do_not_continue_a_run(tiny: Path, text: Path, tmp_path: Path) -> None:

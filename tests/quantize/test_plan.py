@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from dibit.engine.errors import ConfigError
@@ -15,10 +18,22 @@ INT4 = Format(4, 64)
 INT2 = Format(2, 16)
 
 
-def listing(**changes: int) -> list[LinearSite]:
+def listing(**changes: Any) -> list[LinearSite]:
     """Two blocks with the shapes of SmolLM2-135M."""
-    values = {"layers": 2, "hidden": 576, "intermediate": 1536, "heads": 9, "kv_heads": 3, "head_dim": 64, **changes}
-    sizes = Sizes(**values, vocab=100, max_positions=64, norm_eps=1e-5, tied_head=True, rope=Rope(1e4, 64))
+    sizes = Sizes(
+        layers=2,
+        hidden=576,
+        intermediate=1536,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        vocab=100,
+        max_positions=64,
+        norm_eps=1e-5,
+        tied_head=True,
+        rope=Rope(1e4, 64),
+    )
+    sizes = dataclasses.replace(sizes, **changes)
     return [site for layer in range(sizes.layers) for site in sites(LLAMA, sizes, layer)]
 
 
