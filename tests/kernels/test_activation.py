@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,23 +11,6 @@ from dibit.kernels.activation_cpu import silu_mul
 from dibit.kernels.contract import ContractError
 
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    threads, isa = native.threads(), native.isa()
-    yield
-    native.set_threads(threads)
-    native.set_isa(isa)
-
-
-@pytest.fixture(params=["avx2", "portable"])
-def isa(request: pytest.FixtureRequest) -> str:
-    try:
-        native.set_isa(request.param)
-    except native.NativeError as error:
-        pytest.skip(str(error))
-    return str(request.param)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,23 +13,6 @@ from dibit.kernels.norm_cpu import add_rms_norm, rms_norm
 
 NAN = float("nan")
 EPS = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    threads, isa = native.threads(), native.isa()
-    yield
-    native.set_threads(threads)
-    native.set_isa(isa)
-
-
-@pytest.fixture(params=["avx2", "portable"])
-def isa(request: pytest.FixtureRequest) -> str:
-    try:
-        native.set_isa(request.param)
-    except native.NativeError as error:
-        pytest.skip(str(error))
-    return str(request.param)
 
 
 def exact(x: Tensor, weight: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,23 +15,6 @@ from dibit.kernels.rope_cpu import rope_kv_write
 
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    threads, isa = native.threads(), native.isa()
-    yield
-    native.set_threads(threads)
-    native.set_isa(isa)
-
-
-@pytest.fixture(params=["avx2", "portable"])
-def isa(request: pytest.FixtureRequest) -> str:
-    try:
-        native.set_isa(request.param)
-    except native.NativeError as error:
-        pytest.skip(str(error))
-    return str(request.param)
 
 
 @dataclass(frozen=True)
