@@ -39,6 +39,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "store": ((False,), "answers are not stored; leave it out"),
     "service_tier": (("auto", "default"), 'there is one tier; supported: "auto", "default"'),
     "prompt_cache_key": ((), "shared prompt prefixes are found by their content; leave it out"),
+    "prompt_cache_options": ((), "shared prompt prefixes are kept while there is room; leave it out"),
     "prompt_cache_retention": ((), "shared prompt prefixes are kept while there is room; leave it out"),
     "best_of": ((1,), "supported: 1; for several choices set n"),
     "suffix": (("",), "insertion is not supported; leave it out"),

@@ -221,6 +221,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
             assert live.busy() == 3, "of a request that does not fit, nothing stays"
             with pytest.raises(openai.InternalServerError):
                 live.openai().completions.create(model=MODEL, prompt="x")
+            check(live.complete(n=4), 400, param="n")  # would not fit an idle engine either
 
 
 def test_a_fault_of_one_request_is_500_and_the_next_is_served() -> None:
