@@ -157,9 +157,10 @@ class CheckpointWriter:
         try:
             self._source.write_tokenizer(self.directory)
             self._write_json("config.json", config)
-            for name in (*scratch, PROGRESS_NAME):
-                (self.directory / name).unlink(missing_ok=True)
             self._publish()
+            # Only now: had the renaming failed, a later run would need them.
+            for name in (*scratch, PROGRESS_NAME, _LOCK_NAME):
+                (self.out / name).unlink(missing_ok=True)
         except OSError as error:
             raise write_error(error, self.directory / "config.json", 0) from error
         self.close()
@@ -228,7 +229,6 @@ class CheckpointWriter:
         for path in self.directory.rglob("*"):
             if path.is_file():
                 _sync_file(path)
-        (self.directory / _LOCK_NAME).unlink(missing_ok=True)
         sync_directory(self.directory)
         replaced = self.out.with_name(self.out.name + ".replaced")
         if self.out.exists():
