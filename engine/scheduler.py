@@ -98,7 +98,7 @@ class Scheduler:
         self.running.remove(request)
         self.pool.release(request.block_ids)
         request.block_ids = []
-        request.num_computed = request.num_indexed = 0
+        request.num_computed = 0
         request.num_preemptions += 1
         request.status = Status.WAITING
         self.waiting.appendleft(request)
@@ -108,7 +108,6 @@ class Scheduler:
         """The next step, with the blocks for it allotted; empty only when there is no request."""
         chunks: list[Chunk] = []
         budget = self.max_batch_tokens
-        preempted = False
         for request in tuple(self.running):
             if request.status is not Status.RUNNING:
                 break
@@ -116,14 +115,12 @@ class Scheduler:
             while not self._grow(request, request.num_computed + count):
                 youngest = self.running[-1]
                 self.preempt(youngest)
-                preempted = True
                 if youngest is request:
                     break
             else:
                 chunks.append(Chunk(request, request.num_computed, count))
                 budget -= count
-        # Blocks were short a moment ago: nobody enters in the same step.
-        while not preempted and budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
+        while budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if not self._enter(request):
                 break

@@ -171,6 +171,20 @@ def test_a_reader_that_leaves_frees_its_request_within_a_step(how: str) -> None:
     run(test)
 
 
+def test_a_reader_may_leave_when_its_request_has_just_ended() -> None:
+    async def test() -> None:
+        async with engine_over() as engine:
+            stream = engine.generate("a", [1], greedy(3))
+            while engine.stats().finished == 0:
+                time.sleep(0.001)  # without giving way to the event loop, so that nothing is delivered yet
+            await stream.aclose()
+            again = await read(engine.generate("a", [1], greedy(3)))
+            assert list(merge(again).token_ids) == solo_tokens([1], 3)
+            assert engine.stats().aborted == 0
+
+    run(test)
+
+
 def test_a_closed_stream_gives_nothing_more() -> None:
     async def test() -> None:
         async with engine_over() as engine:

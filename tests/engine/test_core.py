@@ -285,6 +285,19 @@ def test_bad_requests_one_after_another_do_not_stop_the_engine() -> None:
     assert list(merge(run(core)["good"]).token_ids) == solo_tokens([1, 2, 3], 8)
 
 
+def test_failures_with_successes_between_do_not_stop_the_engine() -> None:
+    def fail(step: Step) -> None:
+        if any(chunk.request.id.startswith("bad") or chunk.request.id == "probe" for chunk in step.chunks):
+            raise OSError("not this one")
+
+    core = fake_core(FakeRunner(on_execute=fail))
+    for i in range(10):
+        for name in (f"bad{i}", f"good{i}"):
+            core.add_request(name, [1, 2], greedy(1))
+            run(core)
+    assert (core.stats().failed, core.stats().finished) == (10, 10)
+
+
 def test_a_runner_that_fails_everything_is_dead_with_its_cause() -> None:
     def broken(step: Step) -> None:
         raise OSError("the device is gone")
