@@ -40,7 +40,7 @@ DIBIT_INLINE F8 zero_where_less(F8 a, F8 key, F8 bound) {
 DIBIT_INLINE I8 bits(F8 a) { return _mm256_castps_si256(a); }
 DIBIT_INLINE F8 floats(I8 a) { return _mm256_castsi256_ps(a); }
 DIBIT_INLINE I8 add(I8 a, I8 b) { return _mm256_add_epi32(a, b); }
-DIBIT_INLINE I8 splat_bits(int32_t a) { return _mm256_set1_epi32(a); }
+DIBIT_INLINE I8 splat_bits(uint32_t a) { return _mm256_set1_epi32(static_cast<int32_t>(a)); }
 template <int N>
 DIBIT_INLINE I8 shift_left(I8 a) { return _mm256_slli_epi32(a, N); }
 
@@ -88,7 +88,7 @@ DIBIT_INLINE void store_bfloat(uint16_t* p, F8 a) {
 
 // Two vectors of four: the width that SSE2 and NEON have, which every 64-bit target starts from.
 typedef float F4 __attribute__((vector_size(16)));
-typedef int32_t I4 __attribute__((vector_size(16)));
+typedef uint32_t I4 __attribute__((vector_size(16)));
 struct F8 {
   F4 lo, hi;
 };
@@ -117,7 +117,7 @@ DIBIT_INLINE F8 zero_where_less(F8 a, F8 key, F8 bound) {
 DIBIT_INLINE I8 bits(F8 a) { return {reinterpret_cast<I4>(a.lo), reinterpret_cast<I4>(a.hi)}; }
 DIBIT_INLINE F8 floats(I8 a) { return {reinterpret_cast<F4>(a.lo), reinterpret_cast<F4>(a.hi)}; }
 DIBIT_INLINE I8 add(I8 a, I8 b) { return {a.lo + b.lo, a.hi + b.hi}; }
-DIBIT_INLINE I8 splat_bits(int32_t a) { return {I4{a, a, a, a}, I4{a, a, a, a}}; }
+DIBIT_INLINE I8 splat_bits(uint32_t a) { return {I4{a, a, a, a}, I4{a, a, a, a}}; }
 template <int N>
 DIBIT_INLINE I8 shift_left(I8 a) { return {a.lo << N, a.hi << N}; }
 
