@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MemoryWeights, hf_model, quantized, weights_of
+from tiny_models import MemoryWeights, Paged, hf_model, quantized, token_ids, weights_of
 from torch import Tensor
 
+from dibit.engine.checkpoint import CheckpointWriter, open_checkpoint
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import CheckpointError, ConfigError
 from dibit.engine.loader import FloatEmbedding, PackedEmbedding, load_decoder, round_to_nearest
@@ -250,3 +251,25 @@ def test_peak_memory_of_a_load() -> None:
     packed, peak, largest = map(int, done.stdout.split())
     assert packed > 60e6
     assert peak <= 1.3 * packed + largest, f"peak {peak / 1e6:.0f} MB for {packed / 1e6:.0f} MB packed"
+
+
+def test_files_on_disk_make_the_same_model(tmp_path: Path) -> None:
+    """Written by transformers, quantized into a GPTQ directory with mixed widths, opened and served again."""
+    model = hf_model(hidden_size=64, intermediate_size=96, num_attention_heads=4, attention_bias=True)
+    model.save_pretrained(tmp_path / "float")
+    source = open_checkpoint(tmp_path / "float")
+    widths = {"q_proj": Format(4, 32), "k_proj": Format(4, 32), "v_proj": Format(8, 32), "down_proj": Format(3, 32)}
+    low = quantized(weights_of(model), widths)
+    writer = CheckpointWriter(tmp_path / "low", source)
+    for module, w in low.packed.items():
+        writer.add_quantized(module, w)
+    for name, tensor in low.tensors.items():
+        writer.add_float(name, tensor)
+    writer.finish(method="rtn")
+    source.close()
+    ids = token_ids(21)
+    expected = Paged(load_decoder(low, config=REFERENCE))
+    opened = open_checkpoint(tmp_path / "low")
+    found = Paged(load_decoder(opened, config=REFERENCE))
+    opened.close()
+    assert torch.equal(found.logits((found.request(ids), 0, 21)), expected.logits((expected.request(ids), 0, 21)))
