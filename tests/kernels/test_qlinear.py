@@ -89,13 +89,13 @@ def test_reference_is_the_formula() -> None:
 def test_cpu_is_within_the_derived_bound_and_equals_its_definition(
     bits: int, group_size: int, isas: tuple[str, ...]
 ) -> None:
-    format = Format(bits=bits, group_size=group_size)
+    fmt = Format(bits=bits, group_size=group_size)
     for k, n in itertools.product(COLUMNS[group_size], ROWS):
-        w = random_weight(n, k, format)
+        w = random_weight(n, k, fmt)
         packed = qlinear_cpu.pack(w)
         for m in TOKENS:
             x, bias = torch.randn(m, k), torch.randn(n)
-            rounded, _ = quantized_activations(x, format)
+            rounded, _ = quantized_activations(x, fmt)
             want = rounded @ dequantize(w).double().T + bias.double()
             whole, y = guarded(m, n)
             assert qlinear_cpu.qlinear(x, packed, bias, out=y) is y
@@ -115,9 +115,9 @@ def test_cpu_is_within_the_derived_bound_and_equals_its_definition(
 def test_every_instruction_set_and_thread_count_gives_the_same_bits(
     bits: int, group_size: int, isas: tuple[str, ...]
 ) -> None:
-    format = Format(bits=bits, group_size=group_size)
+    fmt = Format(bits=bits, group_size=group_size)
     for k in COLUMNS[group_size]:
-        packed = qlinear_cpu.pack(random_weight(77, k, format))
+        packed = qlinear_cpu.pack(random_weight(77, k, fmt))
         for m in (1, 2, 5, 31):
             x = torch.randn(m, k)
             native.set_isa(isas[0])
@@ -148,19 +148,19 @@ def test_a_row_does_not_depend_on_the_other_rows(bits: int, isas: tuple[str, ...
 @pytest.mark.parametrize("bits", BITS)
 def test_extreme_codes_do_not_overflow(bits: int, group_size: int, isas: tuple[str, ...]) -> None:
     """All codes at their end and all activations at theirs: the largest sums an int16 accumulator could see."""
-    format = Format(bits=bits, group_size=group_size)
+    fmt = Format(bits=bits, group_size=group_size)
     n, k = 17, 256
-    groups = format.groups(k)
+    groups = fmt.groups(k)
     rows = [torch.full((k,), sign) for sign in (1.0, -1.0)] + [
         torch.ones(k) * torch.tensor([1.0, -1.0]).repeat(k // 2)
     ]
     x = torch.stack([*rows, *rows])
-    for code, zero in itertools.product((0, format.qmax), (0, format.qmax)):
+    for code, zero in itertools.product((0, fmt.qmax), (0, fmt.qmax)):
         w = QTensor(
             codes=torch.full((n, k), code, dtype=torch.uint8),
             zeros=torch.full((n, groups), zero, dtype=torch.uint8),
             scales=torch.ones(n, groups),
-            format=format,
+            format=fmt,
         )
         packed = qlinear_cpu.pack(w)
         for isa in isas:
@@ -217,7 +217,7 @@ def test_tiny_and_huge_activations(size: float, isas: tuple[str, ...]) -> None:
 
 
 def test_scales_are_never_rounded(isas: tuple[str, ...]) -> None:
-    format = Format(bits=4, group_size=32)
+    fmt = Format(bits=4, group_size=32)
     half = torch.tensor([[2.0**-24, 65504.0], [2.0**-14, 0.333251953125]])
     x = torch.eye(64)
     for scales, kept in ((half, torch.float16), (half.half(), torch.float16), (half * 1.001, torch.float32)):
@@ -225,7 +225,7 @@ def test_scales_are_never_rounded(isas: tuple[str, ...]) -> None:
             codes=torch.full((2, 64), 9, dtype=torch.uint8),
             zeros=torch.full((2, 2), 8, dtype=torch.uint8),
             scales=scales,
-            format=format,
+            format=fmt,
         )
         packed = qlinear_cpu.pack(w)
         assert packed.scales.dtype == kept
@@ -280,16 +280,16 @@ def test_broken_contracts_are_refused(isas: tuple[str, ...]) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused(isas: tuple[str, ...]) -> None:
-    format = Format(bits=3, group_size=16)
-    w = random_weight(4, 48, format)
+    fmt = Format(bits=3, group_size=16)
+    w = random_weight(4, 48, fmt)
     too_large = w.codes.clone()
     too_large[3, 47] = 8
     with pytest.raises(FormatError, match="codes up to 8 in int3-g16; at most 7"):
-        qlinear_cpu.pack(QTensor(too_large, w.zeros, w.scales, format))
+        qlinear_cpu.pack(QTensor(too_large, w.zeros, w.scales, fmt))
     with pytest.raises(FormatError, match="zero point of 9"):
-        qlinear_cpu.pack(QTensor(w.codes, torch.full_like(w.zeros, 9), w.scales, format))
+        qlinear_cpu.pack(QTensor(w.codes, torch.full_like(w.zeros, 9), w.scales, fmt))
     with pytest.raises(FormatError, match=r"shape \[0, 48\]"):
-        qlinear_cpu.pack(random_weight(0, 48, format))
+        qlinear_cpu.pack(random_weight(0, 48, fmt))
 
 
 def test_views_pack_like_their_copies(isas: tuple[str, ...]) -> None:
