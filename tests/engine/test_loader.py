@@ -273,3 +273,15 @@ def test_files_on_disk_make_the_same_model(tmp_path: Path) -> None:
     found = Paged(load_decoder(opened, config=REFERENCE))
     opened.close()
     assert torch.equal(found.logits((found.request(ids), 0, 21)), expected.logits((expected.request(ids), 0, 21)))
+
+
+def test_a_load_leaves_the_threads_of_torch_as_they_were() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    during: list[int] = []
+    try:
+        load_decoder(tiny(), config=REFERENCE, progress=lambda *_: during.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 3
+        assert set(during) == {1}
+    finally:
+        torch.set_num_threads(before)
