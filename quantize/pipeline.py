@@ -113,7 +113,7 @@ def quantize_checkpoint(
                 options=settings["options"],
                 plan=settings["plan"],
                 bits_per_weight=bits_per_weight([site for block in task.blocks for site in block], task.formats),
-                calibration=settings["calibration"],
+                calibration=None if text is None else {"text": str(text.text), **settings["calibration"]},
                 seed=seed,
                 threads=torch.get_num_threads(),
                 sites=tuple(site for layer in range(task.sizes.layers) for site in output.journal.blocks[layer]),
@@ -193,7 +193,6 @@ def _settings(task: Task, plan: Plan, text: Calibration | None) -> dict[str, Any
     calibration: dict[str, Any] | None = None
     if text is not None and task.segments is not None:
         calibration = {
-            "text": str(text.text),
             "sha256": task.segments.text_sha256,
             "tokens": task.segments.text_tokens,
             "samples": text.samples,
