@@ -17,6 +17,8 @@ def seeded() -> None:
         numpy.random.seed(0)
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(0)
+        # Tiny tensors: a second thread costs more than it brings, and far more where the cores are shared.
+        torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
