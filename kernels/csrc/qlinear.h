@@ -119,10 +119,13 @@ static inline float scale_at(const QWeight& w, int64_t index) {
                             : static_cast<const float*>(w.scales)[index];
 }
 
-// The cache lines that lie kAhead past a block about to be used: across a page border the hardware does not look.
-static inline void prefetch(const uint8_t* block, int64_t bytes) {
-  constexpr int64_t kAhead = 2048;
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(block + kAhead + i);
+// How far ahead one token reads: across a page border the hardware does not look. Several tokens fetch the next chunk
+// while they work on this one.
+constexpr int64_t kAhead = 2048;
+
+// Asks for the cache lines that lie `ahead` bytes past a block about to be used.
+static inline void prefetch(const uint8_t* block, int64_t bytes, int64_t ahead) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(block + ahead + i);
 }
 
 // Writes the valid part of a panel's 16 sums, bias added.

@@ -184,7 +184,7 @@ void gemv_body(const QWeight& w, const Activations& a, const float* bias, float*
         v += 3 * kCell, x += 32;
       } else {
         for (int64_t i = 0; i < w.blocks_per_group; ++i, ++b, v += kBlockBytes, x += BLOCK) {
-          prefetch(v, kBlockBytes);
+          prefetch(v, kBlockBytes, kAhead);
           __m256i dots[2];
           dot_block<BITS, BLOCK>(v, x, dots);
           sum0 = accumulate(sum0, dots[0], meta.zero[0], meta.scale[0], a.scales[b], a.sums[b]);
@@ -310,6 +310,7 @@ void gemm_body(const QWeight& w, const Activations& a, int64_t m, const float* b
       const uint8_t* v = w.codes + panel * w.panel_bytes() + first / 4 * kCell * BITS / 8;
       // Columns come in multiples of 16; a last half unit is unpacked with whatever follows and not used.
       for (int64_t c = 0; c < columns; c += 32) {
+        prefetch(v + c / 4 * kCell * BITS / 8, 8 * kCell * BITS / 8, columns / 4 * kCell * BITS / 8);
         if (c + 32 <= columns) {
           unpack8<BITS>(v + c / 4 * kCell * BITS / 8, chunk.cells + c / 4 * kCell * kPlanes);
         } else {

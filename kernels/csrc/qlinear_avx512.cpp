@@ -157,7 +157,7 @@ void gemv_body(const QWeight& w, const Activations& a, const float* bias, float*
         v += 3 * kCell, x += 32;
       } else {
         for (int64_t i = 0; i < w.blocks_per_group; ++i, ++b, v += kBlockBytes, x += BLOCK) {
-          prefetch(v, kBlockBytes);
+          prefetch(v, kBlockBytes, kAhead);
           sum = accumulate(sum, dot_block<BITS, BLOCK>(v, x), meta.zero, meta.scale, a.scales[b], a.sums[b]);
         }
       }
@@ -238,6 +238,7 @@ void gemm_body(const QWeight& w, const Activations& a, int64_t m, const float* b
         // Columns come in multiples of 16; of a last half unit, the second half is not used.
         for (int64_t c = 0; c < columns; c += 32) {
           const uint8_t* from = v + c / 4 * kCell * BITS / 8;
+          prefetch(from, 8 * kCell * BITS / 8, columns / 4 * kCell * BITS / 8);
           alignas(64) uint8_t tail[8 * kCell];
           if (c + 32 > columns) {
             std::memset(tail, 0, sizeof tail);
@@ -252,6 +253,7 @@ void gemm_body(const QWeight& w, const Activations& a, int64_t m, const float* b
         const Meta at = load_meta(w, (panel * w.groups + (block + b) / w.blocks_per_group) * kRows);
         _mm512_store_ps(meta.scales[b], at.scale);
         _mm512_store_ps(meta.zeros[b], at.zero);
+        if constexpr (BITS == 8) prefetch(v + b * BLOCK * kRows, BLOCK * kRows, columns * kRows);
       }
       auto run = [&](auto count, int64_t t) {
         tile<decltype(count)::value, BLOCK>(v, meta, blocks, a.codes + t * w.padded + first, w.padded,
