@@ -14,7 +14,6 @@ import torch
 
 from dibit.kernels import native
 
-
 # About what one op reads, so that an interruption spoils one slice as it spoils one op, and medians compare.
 SLICE_BYTES = 16 << 20
 
