@@ -1,7 +1,7 @@
 """Writing a checkpoint: tensor by tensor, aside, resumable, and under its own name only when it is whole.
 
 Tensors collect in memory up to PART_BYTES, then go to a part file in the sibling directory OUT.partial; `flush` makes
-everything added so far safe against a kill. `finish` gathers the parts into shards, adds config and tokenizer, and
+everything added so far safe against a kill. `finish` gathers the parts into shards, adds the config, and
 renames the directory to OUT. Until then OUT does not exist. A second run with the same settings finds the finished
 parts again; one with other settings is refused.
 """
@@ -75,8 +75,12 @@ class CheckpointWriter:
         try:
             self._parts = load_progress(self.directory, self._settings)
             self._sweep()
-        except BaseException:
+            # A tokenizer that cannot be written is better known now than after hours of work.
+            source.write_tokenizer(self.directory)
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise write_error(error, self.directory / "tokenizer.json", 0) from error
             raise
         self._pending: dict[str, Tensor] = {}
         self._pending_modules: dict[str, PackedModule] = {}
@@ -155,7 +159,6 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self._write_json("model.safetensors.index.json", index)
         try:
-            self._source.write_tokenizer(self.directory)
             self._write_json("config.json", config)
             self._publish()
             # Only now: had the renaming failed, a later run would need them.

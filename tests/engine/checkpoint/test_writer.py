@@ -364,3 +364,14 @@ def test_large_additions_do_not_stay_in_memory(
     checkpoint = open_checkpoint(writer.finish())
     for module, q in (layer(0) | layer(1)).items():
         assert same(checkpoint.linear(module), q)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_known_at_once(
+    tmp_path: Path, source: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object, out: Path) -> None:
+        raise CheckpointError(f"no tokenizer for {out}")
+
+    monkeypatch.setattr(type(source), "write_tokenizer", refuse)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        CheckpointWriter(tmp_path / "out", source)
