@@ -29,7 +29,7 @@ class Journal:
         self.path = directory / JOURNAL_NAME
         self.blocks: dict[int, tuple[SiteReport, ...]] = {}
         settings = json.loads(json.dumps(settings))
-        lines = self._lines()
+        lines = _lines(self.path)
         if lines:
             _check_same(lines[0], settings, directory)
             for line in lines[1:]:
@@ -48,16 +48,23 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _lines(self) -> list[Any]:
-        if not self.path.exists():
-            return []
-        lines = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines
+
+def stored_settings(directory: Path) -> Mapping[str, Any]:
+    """Settings of the run whose journal lies in `directory`; empty when there is none."""
+    lines = _lines(directory / JOURNAL_NAME)
+    return lines[0] if lines else {}
+
+
+def _lines(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
 
 
 def _plain(reports: Sequence[SiteReport]) -> list[dict[str, Any]]:

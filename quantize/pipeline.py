@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 
 from dibit.engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, resolve_model
+from dibit.engine.checkpoint.writer import check_out, partial_directory
 from dibit.engine.errors import CheckpointError, ConfigError
 from dibit.engine.models import resolve_arch
 from dibit.engine.models.spec import Sizes, sites
@@ -32,8 +33,11 @@ from dibit.engine.models.weights import check_names
 from dibit.engine.tokenizer import load_tokenizer
 from dibit.kernels.formats import Format, FormatError
 from dibit.quantize.block import BlockMethod
+from dibit.quantize.budget import Allocation, Budget
 from dibit.quantize.calibration import Calibration, Segments, load_segments
-from dibit.quantize.journal import JOURNAL_NAME, Journal
+from dibit.quantize.choose import choose_bits
+from dibit.quantize.importance import NEED_TEXT, Model, Text
+from dibit.quantize.journal import JOURNAL_NAME, Journal, stored_settings
 from dibit.quantize.methods import METHODS, make_method
 from dibit.quantize.plan import Plan, bits_per_weight
 from dibit.quantize.report import QuantizeReport
@@ -43,20 +47,23 @@ from dibit.quantize.walk import Output, Progress, Task, calibrated, data_free
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_GROUP_SIZE = 64
+
 
 def quantize_checkpoint(
     model: str,
     out: Path,
     *,
     method: str | Method | BlockMethod = "rtn",
-    bits: int = 4,
-    group_size: int = 64,
+    bits: int | None = None,
+    group_size: int | None = None,
     symmetric: bool = False,
     calibration: Path | None = None,
     samples: int = 128,
     sequence_length: int = 512,
     seed: int = 0,
-    plan: Plan | None = None,
+    plan: Plan | Budget | None = None,
+    save_plan: Path | None = None,
     streams: StreamConfig | None = None,
     overwrite: bool = False,
     revision: str | None = None,
@@ -66,10 +73,13 @@ def quantize_checkpoint(
 
     model        directory, .gguf file, Hub id (at `revision`) or "demo"; a float model
     method       a name in METHODS, or an instance of one of its classes with the options that it should have
-    bits, group_size  format of every linear, unless there is a `plan`, which then gives all formats
+    bits, group_size  format of every linear, 4 and 64 if left out
+    plan         the formats instead of `bits` and `group_size`; or a budget, from which `group_size` and the blocks'
+                 importance make a plan
+    save_plan    file for the plan, written as soon as it is known
     symmetric    zero points in the middle of the code range
     calibration  plain UTF-8 text of which `samples` pieces of `sequence_length` tokens are drawn; needed by every
-                 method but rtn
+                 method but rtn, and by some kinds of importance
     progress     called with (finished blocks, blocks, note)
 
     Raises ConfigError or CheckpointError, all that can be known beforehand before anything is computed. After
@@ -79,22 +89,33 @@ def quantize_checkpoint(
     chosen = make_method(method, {}) if isinstance(method, str) else method
     if symmetric and not chosen.symmetric:
         chosen = dataclasses.replace(chosen, symmetric=True)  # type: ignore[type-var]
-    if calibration is None and chosen.needs:
+    looks = isinstance(plan, Budget) and plan.importance in NEED_TEXT
+    if calibration is None and (chosen.needs or looks):
+        what = f"method {_name(chosen)}" if chosen.needs else f"importance {cast(Budget, plan).importance}"
+        other = "rtn, which needs none" if chosen.needs else "zd, which needs none"
         raise ConfigError(
-            f"method {_name(chosen)} learns from text: give a plain text file as calibration (--calibration FILE), "
-            "or use rtn, which needs none"
+            f"{what} learns from text: give a plain text file as calibration (--calibration FILE), or use {other}"
         )
-    if calibration is not None and not chosen.needs:
+    if calibration is not None and not chosen.needs and not looks:
         raise ConfigError(f"method {_name(chosen)} does not look at any text; leave the calibration out")
-    if plan is None:
-        try:
-            plan = Plan.uniform(Format(bits, group_size))
-        except FormatError as error:
-            raise ConfigError(str(error)) from error
+    wanted = _wanted(plan, bits, group_size)
+    check_out(Path(out), overwrite=overwrite)
     text = None if calibration is None else Calibration(calibration, samples, sequence_length, seed)
     with closing(open_checkpoint(resolve_model(model, revision=revision))) as checkpoint:
-        task = _task(checkpoint, chosen, plan, text, seed=seed, streams=streams or StreamConfig())
-        settings = _settings(task, plan, text)
+        task = _task(
+            checkpoint,
+            chosen,
+            wanted,
+            text,
+            group_size=DEFAULT_GROUP_SIZE if group_size is None else group_size,
+            seed=seed,
+            streams=streams or StreamConfig(),
+            out=Path(out),
+            progress=progress,
+        )
+        if save_plan is not None:
+            _save(task.plan, save_plan)
+        settings = _settings(task, text)
         with closing(CheckpointWriter(Path(out), checkpoint, overwrite=overwrite)) as writer:
             output = Output(task, writer, Journal(writer.directory, settings), progress)
             try:
@@ -112,6 +133,7 @@ def quantize_checkpoint(
                 method=task.name,
                 options=settings["options"],
                 plan=settings["plan"],
+                allocation=settings["allocation"],
                 bits_per_weight=bits_per_weight([site for block in task.blocks for site in block], task.formats),
                 calibration=None if text is None else {"text": str(text.text), **settings["calibration"]},
                 seed=seed,
@@ -128,16 +150,42 @@ def quantize_checkpoint(
     return report
 
 
+def _wanted(plan: Plan | Budget | None, bits: int | None, group_size: int | None) -> Plan | Budget:
+    if plan is not None and bits is not None:
+        raise ConfigError(
+            f"the bits come from {'a plan' if isinstance(plan, Plan) else 'a budget'}; leave out --bits {bits}"
+        )
+    if isinstance(plan, Plan) and group_size is not None:
+        raise ConfigError(f"the group sizes come from a plan; leave out --group-size {group_size}")
+    try:
+        uniform = Format(4 if bits is None else bits, DEFAULT_GROUP_SIZE if group_size is None else group_size)
+    except FormatError as error:
+        raise ConfigError(str(error)) from error
+    return Plan.uniform(uniform) if plan is None else plan
+
+
+def _save(plan: Plan, path: Path) -> None:
+    aside = path.with_name(path.name + ".new")
+    try:
+        aside.write_text(plan.to_json() + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write the plan to {path}: {error.strerror or error}") from error
+
+
 def _task(
     checkpoint: Checkpoint,
     method: Method | BlockMethod,
-    plan: Plan,
+    wanted: Plan | Budget,
     text: Calibration | None,
     *,
+    group_size: int,
     seed: int,
     streams: StreamConfig,
+    out: Path,
+    progress: Progress | None,
 ) -> Task:
-    """Everything that can be checked before anything is computed."""
+    """Everything that can be checked before anything is written."""
     if checkpoint.quantization is not None:
         raise CheckpointError(
             f"{checkpoint.name} is quantized already ({checkpoint.quantization.method}, "
@@ -146,6 +194,23 @@ def _task(
     arch, sizes = resolve_arch(checkpoint.config)
     check_names(checkpoint, arch, sizes)
     blocks = tuple(sites(arch, sizes, layer) for layer in range(sizes.layers))
+    listed = [site for block in blocks for site in block]
+    if isinstance(wanted, Plan):
+        # Before the text, which may take a while to read.
+        wanted.resolve(listed)
+    segments = None if text is None else _segments(checkpoint, sizes, text)
+    allocation = None
+    if isinstance(wanted, Budget):
+        allocation = _earlier_allocation(out, wanted) or choose_bits(
+            wanted,
+            Model(checkpoint, arch, sizes),
+            group_size=group_size,
+            symmetric=method.symmetric,
+            text=None if segments is None else Text(segments.tokens, streams, _existing(out)),
+            seed=seed,
+            progress=lambda layer: None if progress is None else progress(0, sizes.layers, f"importance of {layer}"),
+        )
+        wanted = allocation.plan(group_size)
     return Task(
         checkpoint=checkpoint,
         arch=arch,
@@ -153,11 +218,25 @@ def _task(
         method=method,
         name=_name(method),
         blocks=blocks,
-        formats=plan.resolve([site for block in blocks for site in block]),
-        segments=None if text is None else _segments(checkpoint, sizes, text),
+        plan=wanted,
+        allocation=allocation,
+        formats=wanted.resolve(listed),
+        segments=segments,
         streams=streams,
         seed=seed,
     )
+
+
+def _earlier_allocation(out: Path, budget: Budget) -> Allocation | None:
+    """What an interrupted run chose for this budget: other threads may score a little differently. All else that it
+    depends on is compared when the run is continued."""
+    found = stored_settings(partial_directory(out)).get("allocation")
+    earlier = Allocation.from_dict(found) if found else None
+    return earlier if earlier is not None and earlier.budget == budget else None
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
 
 
 def _segments(checkpoint: Checkpoint, sizes: Sizes, text: Calibration) -> Segments:
@@ -178,7 +257,7 @@ def _segments(checkpoint: Checkpoint, sizes: Sizes, text: Calibration) -> Segmen
 
 def _walk(task: Task, output: Output, *, directory: Path) -> None:
     output.add_floats(task)
-    if task.segments is not None:
+    if task.segments is not None and task.method.needs:
         calibrated(task, output, task.segments, directory=directory)
     elif isinstance(task.method, BlockMethod):
         raise TypeError(f"{task.name} works on blocks and names no needs")
@@ -186,7 +265,7 @@ def _walk(task: Task, output: Output, *, directory: Path) -> None:
         data_free(task, output, task.method)
 
 
-def _settings(task: Task, plan: Plan, text: Calibration | None) -> dict[str, Any]:
+def _settings(task: Task, text: Calibration | None) -> dict[str, Any]:
     """All that the quantized weights depend on; what a continued run must have in common with the interrupted one."""
     path = task.checkpoint.path
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -203,7 +282,8 @@ def _settings(task: Task, plan: Plan, text: Calibration | None) -> dict[str, Any
         "source": [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "method": task.name,
         "options": dataclasses.asdict(cast(Any, task.method)),
-        "plan": plan.to_dict(),
+        "plan": task.plan.to_dict(),
+        "allocation": None if task.allocation is None else task.allocation.to_dict(),
         "calibration": calibration,
         "seed": task.seed,
         "version": version("dibit"),

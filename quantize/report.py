@@ -45,6 +45,7 @@ class QuantizeReport:
     out                the checkpoint that was written
     method, options    the method and its fields
     plan               default format and overrides
+    allocation         what a budget came to: scores of the blocks, their order, bits of each; None without a budget
     bits_per_weight    of the quantized weights, scales and zero points included
     calibration        text (file, sha256, tokens), samples, sequence_length; None for a method without
     seed               of the calibration draw and of the method
@@ -62,6 +63,7 @@ class QuantizeReport:
     method: str
     options: Mapping[str, Any]
     plan: Mapping[str, Any]
+    allocation: Mapping[str, Any] | None
     bits_per_weight: float
     calibration: Mapping[str, Any] | None
     seed: int
@@ -86,6 +88,10 @@ class QuantizeReport:
             f"relative weight error: mean {_mean([s.weight_error for s in self.sites]):.2e}, "
             f"worst {worst.weight_error:.2e} ({worst.site})",
         ]
+        if self.allocation is not None:
+            bits = [int(own) for own in self.allocation["bits"]]
+            counts = ", ".join(f"{bits.count(own)} of {own} bits" for own in sorted(set(bits)))
+            lines.append(f"blocks: {counts}; {self.allocation['mean_bits']:.3f} bits of code on average")
         outputs = [s.output_error for s in self.sites if s.output_error is not None]
         if outputs:
             lines.append(f"relative output error on the calibration text: mean {_mean(outputs):.2e}")

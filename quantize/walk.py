@@ -22,8 +22,10 @@ from dibit.quantize.block import (
     replace_weight,
     site_report,
 )
+from dibit.quantize.budget import Allocation
 from dibit.quantize.calibration import Segments
 from dibit.quantize.journal import Journal
+from dibit.quantize.plan import Plan
 from dibit.quantize.report import SiteReport
 from dibit.quantize.stats import Method, Stats
 from dibit.quantize.streams import HiddenStates, StreamConfig
@@ -40,8 +42,10 @@ class Task:
 
     name      of the method
     blocks    sites of every block
+    plan      where the formats come from
+    allocation  what the plan comes from, when that was a budget
     formats   by site name
-    segments  the calibration text; None for a method without needs
+    segments  the calibration text; None when nothing looks at it
     seed      for anything random in the method
     """
 
@@ -51,6 +55,8 @@ class Task:
     method: Method | BlockMethod
     name: str
     blocks: tuple[tuple[LinearSite, ...], ...]
+    plan: Plan
+    allocation: Allocation | None
     formats: Mapping[str, Format]
     segments: Segments | None
     streams: StreamConfig

@@ -18,6 +18,7 @@ import typer
 
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError, DibitError, UserError
+from dibit.server import quantize_options as q
 from dibit.server.options import engine_options, parse_assignments, parse_integers
 
 app = typer.Typer(
@@ -91,24 +92,25 @@ def _setup(
 def quantize(
     model: Model,
     *,
-    out: Annotated[Path, typer.Option(help="directory to write; it must not exist yet", metavar="DIR")],
+    out: q.Out,
     method: Annotated[str, typer.Option(help="rtn (no calibration) or gptq")] = "rtn",
-    bits: Annotated[int, typer.Option(help="bits per weight: 2, 3, 4 or 8")] = 4,
-    group_size: Annotated[
-        int, typer.Option(help="columns that share a scale: 16, 32, 64, 128, or -1 for a whole row")
-    ] = 64,
-    symmetric: Annotated[
-        bool, typer.Option("--symmetric", help="fix the zero point at the middle of the range")
-    ] = False,
-    calibration: Annotated[Path | None, typer.Option(help="plain text the method learns from", metavar="FILE")] = None,
-    samples: Annotated[int, typer.Option(help="calibration sequences")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="tokens in a calibration sequence")] = 512,
-    seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-O", help="a setting of the method, e.g. damp=0.05", metavar="NAME=VALUE"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace DIR if it exists")] = False,
+    bits: q.Bits = None,
+    group_size: q.GroupSize = None,
+    symmetric: q.Symmetric = False,
+    calibration: q.Text = None,
+    samples: q.Samples = 128,
+    sequence_length: q.SequenceLength = 512,
+    seed: q.Seed = 0,
+    option: q.MethodOptions = None,
+    bits_budget: q.BitsBudget = None,
+    target_size: q.TargetSize = None,
+    bits_choices: q.BitsChoices = None,
+    importance: q.ImportanceName = None,
+    importance_samples: q.ImportanceSamples = None,
+    reverse: q.Reverse = False,
+    plan_file: q.PlanFile = None,
+    save_plan: q.SavePlan = None,
+    overwrite: q.Overwrite = False,
     revision: Annotated[str | None, typer.Option(help="revision of a Hub model")] = None,
 ) -> None:
     """Make a low-bit checkpoint from a float model.
@@ -116,10 +118,22 @@ def quantize(
     Example: dibit quantize demo --out models/demo-4bit --method rtn --bits 4 --group-size 64
     """
     from dibit.quantize import METHODS, quantize_checkpoint
+    from dibit.quantize.budget import Budget
+    from dibit.quantize.plan import Plan
     from dibit.server.progress import quantize_progress
 
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is not known; supported: {', '.join(METHODS)}")
+    budget = q.budget_settings(
+        plan=plan_file,
+        bits_budget=bits_budget,
+        target_size=target_size,
+        bits_choices=bits_choices,
+        importance=importance,
+        importance_samples=importance_samples,
+        reverse=reverse,
+    )
+    given = None if plan_file is None else Plan.from_json(q.read_plan(plan_file))
     with quantize_progress() as progress:
         report = quantize_checkpoint(
             model,
@@ -132,6 +146,8 @@ def quantize(
             samples=samples,
             sequence_length=sequence_length,
             seed=seed,
+            plan=given if budget is None else Budget(**budget),
+            save_plan=save_plan,
             overwrite=overwrite,
             revision=revision,
             progress=progress,

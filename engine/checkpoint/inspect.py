@@ -11,7 +11,8 @@ from dibit.engine.checkpoint import open_checkpoint
 from dibit.engine.checkpoint.checkpoint import Checkpoint, ZeroChoice
 from dibit.engine.checkpoint.gptq import PARTS
 
-_LINEAR = re.compile(r".*\.layers\.\d+\.(?:.+\.)?([^.]+_proj)\.(?:weight|qweight)")
+_LINEAR = re.compile(r".*\.layers\.(\d+)\.(?:.+\.)?([^.]+_proj)\.(?:weight|qweight)")
+_BLOCKS_IN_A_GROUP = 10
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class CheckpointSummary:
     """
     parameters       weights of the model, a tied head counted once
     bits_per_weight  stored bits of a linear's weight on average, scales and zero points included
+    block_widths     for every block, the widths of its packed linears, each once; empty for one in float
     quantization     declared method and format; None for a model in float (or in GGUF blocks)
     zero_convention  how zero points are read, with the reason beside it
     """
@@ -51,6 +53,7 @@ class CheckpointSummary:
     bits_per_weight: float
     types: tuple[TypeSize, ...]
     sites: tuple[SiteFormat, ...]
+    block_widths: tuple[tuple[int, ...], ...]
     quantization: str | None
     quantizer: str | None
     zero_convention: str | None
@@ -71,8 +74,27 @@ class CheckpointSummary:
             lines.append(f"zero points     {self.zero_convention}: {self.zero_reason}")
         lines.append(f"tokenizer       {_yes(self.tokenizer)}, chat template {_yes(self.chat_template)}")
         lines.extend(f"  {t.stored:<8} {t.tensors:>5} tensors {t.nbytes / 1e6:>10.2f} MB" for t in self.types)
-        lines.extend(f"  {s.site:<12} {s.format:<12} x {s.modules}" for s in self.sites)
+        lines.extend(_block_lines(self.block_widths))
+        formats: dict[str, list[str]] = defaultdict(list)
+        for site in self.sites:
+            formats[site.site].append(f"{site.format} x {site.modules}")
+        lines.extend(f"  {site:<12} {', '.join(found)}" for site, found in formats.items())
         return "\n".join(lines)
+
+
+def _block_lines(widths: tuple[tuple[int, ...], ...]) -> list[str]:
+    """A histogram and a map, when blocks differ: nothing to see otherwise."""
+    if len(set(widths)) <= 1 and all(len(own) <= 1 for own in widths):
+        return []
+    names = ["+".join(map(str, own)) or "float" for own in widths]
+    counts = Counter(names)
+    histogram = ", ".join(f"{counts[name]} x {name}" for name in sorted(counts))
+    marks = "".join("f" if not own else str(own[0]) if len(own) == 1 else "*" for own in widths)
+    pieces = [marks[i : i + _BLOCKS_IN_A_GROUP] for i in range(0, len(marks), _BLOCKS_IN_A_GROUP)]
+    legend = "".join(
+        f"; {mark} {meaning}" for mark, meaning in (("*", "several widths"), ("f", "float")) if mark in marks
+    )
+    return [f"blocks by bits  {histogram}", f"bits of blocks  {' '.join(pieces)}  (first to last{legend})"]
 
 
 def inspect_checkpoint(path: Path | str, *, gptq_zero: ZeroChoice = "auto") -> CheckpointSummary:
@@ -102,6 +124,7 @@ def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
         bits_per_weight=_bits_per_weight(checkpoint),
         types=_types(checkpoint),
         sites=_sites(checkpoint),
+        block_widths=_block_widths(checkpoint),
         quantization=None
         if quantization is None
         else f"{quantization.method} {quantization.format.name}, "
@@ -146,8 +169,17 @@ def _sites(checkpoint: Checkpoint) -> tuple[SiteFormat, ...]:
     for name in checkpoint.names():
         if match := _LINEAR.fullmatch(name):
             packed = checkpoint.linear_format(name.rpartition(".")[0])
-            count[match[1], packed.name if packed else checkpoint.info(name).stored] += 1
+            count[match[2], packed.name if packed else checkpoint.info(name).stored] += 1
     return tuple(SiteFormat(site, kind, modules) for (site, kind), modules in sorted(count.items()))
+
+
+def _block_widths(checkpoint: Checkpoint) -> tuple[tuple[int, ...], ...]:
+    found: dict[int, set[int]] = defaultdict(set)
+    for name in checkpoint.names():
+        if match := _LINEAR.fullmatch(name):
+            packed = checkpoint.linear_format(name.rpartition(".")[0])
+            found[int(match[1])].update(() if packed is None else (packed.bits,))
+    return tuple(tuple(sorted(found[layer])) for layer in sorted(found))
 
 
 def _whole(value: object) -> int | None:

@@ -62,11 +62,11 @@ class CheckpointWriter:
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.out = out.absolute()
-        self.directory = self.out.with_name(self.out.name + PARTIAL_SUFFIX)
+        self.directory = partial_directory(self.out)
         self._source = source
         self._settings = {"model": source.name, "config": source.config, **(settings or {})}
         self._max_shard_bytes = max_shard_bytes
-        _check_out(self.out, overwrite=overwrite)
+        check_out(self.out, overwrite=overwrite)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.directory)
@@ -277,7 +277,13 @@ class CheckpointWriter:
         write_text(self.directory / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _check_out(out: Path, *, overwrite: bool) -> None:
+def partial_directory(out: Path) -> Path:
+    """Where the checkpoint `out` lies until it is complete."""
+    return out.absolute().with_name(out.name + PARTIAL_SUFFIX)
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Raises CheckpointError when a checkpoint `out` may not be written."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():

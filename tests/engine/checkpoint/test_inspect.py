@@ -35,8 +35,16 @@ def test_a_quantized_checkpoint(tmp_path: Path) -> None:
     assert summary.quantizer == "sometool:1.2"
     assert summary.zero_convention == "v2"
     assert (summary.tokenizer, summary.chat_template) == (True, False)
+    assert summary.block_widths == ((3, 4), (4,), (4,))
     text = summary.text()
-    for fact in ("int3-g32", "sometool:1.2", "zero points     v2", "chat template no"):
+    for fact in (
+        "int3-g32",
+        "blocks by bits  1 x 3+4, 2 x 4",
+        "*44  (first to last; * several widths)",
+        "sometool:1.2",
+        "zero points     v2",
+        "chat template no",
+    ):
         assert fact in text
 
 
@@ -46,6 +54,8 @@ def test_a_float_checkpoint(tmp_path: Path) -> None:
     assert summary.bits_per_weight == 16
     assert (summary.quantization, summary.zero_convention) == (None, None)
     assert summary.sites == (SiteFormat("up_proj", "F16", 1),)
+    assert summary.block_widths == ((),)
+    assert "blocks by bits" not in summary.text()
 
 
 @pytest.mark.demo
