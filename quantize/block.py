@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn, Protocol, cast, runtime_checkable
@@ -23,6 +23,7 @@ from dibit.engine.models.decoder import Block, FloatLinear, Linear
 from dibit.engine.models.spec import LinearSite
 from dibit.kernels.formats import Format, QTensor, dequantize
 from dibit.quantize.methods.rtn import RTN
+from dibit.quantize.plan import part_formats
 from dibit.quantize.report import SiteReport
 from dibit.quantize.stats import HessianSum, Method, Need, SiteFailure, Stats, output_error
 from dibit.quantize.streams import HiddenStates
@@ -32,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """A quantized site and its errors."""
+    """A quantized site, one weight for each of its parts, and its errors."""
 
-    quantized: QTensor
+    parts: tuple[QTensor, ...]
     report: SiteReport
 
 
@@ -45,7 +46,7 @@ class BlockJob:
     layer         its number
     block         its weights as floats
     sites         its linears, in order of computation
-    formats       by site name
+    formats       by site name; by module name where the parts of a site differ, which only a `Method` is given
     quantized     hidden states that the quantized blocks before it produce
     float_stream  those of the float model; None unless the method needs them
     cos, sin      rotary tables [length, D/2]
@@ -93,10 +94,11 @@ def quantize_block(
         share = (time.monotonic() - begun) / len(job.sites)
         results = []
         for site in job.sites:
-            report = site_report(site, found[site.name], _weight(job.block, site), name=name, seconds=share)
-            results.append(Result(found[site.name], report))
+            parts = split(site, found[site.name])
+            report = site_report(site, parts, _weight(job.block, site), name=name, seconds=share)
+            results.append(Result(parts, report))
         for site, result in zip(job.sites, results, strict=True):
-            replace_weight(job.block, site, result.quantized)
+            replace_weight(job.block, site, result.parts)
         return results
     results = []
     for site in job.sites:
@@ -109,36 +111,55 @@ def _quantize_in_place(job: BlockJob, site: LinearSite, method: Method, name: st
     begun = time.monotonic()
     stats = collect(job, site) if "hessian" in method.needs else Stats()
     w = _weight(job.block, site)
-    quantized, fallback = quantize_site(w, job.formats[site.name], stats, method, site=site.name)
-    report = site_report(
-        site, quantized, w, name=name, fallback=fallback, stats=stats, seconds=time.monotonic() - begun
-    )
-    replace_weight(job.block, site, quantized)
-    return Result(quantized, report)
+    parts, fallback = quantize_site(w, site, part_formats(site, job.formats), stats, method)
+    report = site_report(site, parts, w, name=name, fallback=fallback, stats=stats, seconds=time.monotonic() - begun)
+    replace_weight(job.block, site, parts)
+    return Result(parts, report)
 
 
-def quantize_site(w: Tensor, format: Format, stats: Stats, method: Method, *, site: str) -> tuple[QTensor, str | None]:
-    """`w` float32 [N, K] under `method`, or rounded to nearest and the reason where the method failed.
+def quantize_site(
+    w: Tensor, site: LinearSite, formats: Sequence[Format], stats: Stats, method: Method
+) -> tuple[tuple[QTensor, ...], str | None]:
+    """The parts of `w` float32 [N, K] under `method`, or rounded to nearest and the reason where the method failed.
 
+    formats  one for each part
     Raises CheckpointError when `w` is not finite.
     """
     if not bool(torch.isfinite(w).all()):
         raise CheckpointError(
-            f"the weight of {site} is not finite (NaN or infinity); the checkpoint is damaged, download it again"
+            f"the weight of {site.name} is not finite (NaN or infinity); the checkpoint is damaged, download it again"
         )
     try:
-        quantized = method.quantize(w, format, stats)
-        if not bool(torch.isfinite(quantized.scales).all()):
+        parts = _apply(method, w, site, formats, stats)
+        if not all(bool(torch.isfinite(part.scales).all()) for part in parts):
             raise SiteFailure("its scales are not finite")
     except SiteFailure as failure:
-        logger.warning("%s is rounded to nearest instead: %s", site, failure)
-        return RTN(symmetric=method.symmetric).quantize(w, format, Stats()), str(failure)
-    return quantized, None
+        logger.warning("%s is rounded to nearest instead: %s", site.name, failure)
+        return _apply(RTN(symmetric=method.symmetric), w, site, formats, Stats()), str(failure)
+    return parts, None
+
+
+def _apply(method: Method, w: Tensor, site: LinearSite, formats: Sequence[Format], stats: Stats) -> tuple[QTensor, ...]:
+    """Parts of one format go through the method together."""
+    if len(set(formats)) == 1:
+        return split(site, method.quantize(w, formats[0], stats))
+    rows = torch.split(w, [part.n for part in site.parts])
+    return tuple(method.quantize(own, chosen, stats) for own, chosen in zip(rows, formats, strict=True))
+
+
+def split(site: LinearSite, whole: QTensor) -> tuple[QTensor, ...]:
+    """The weight of a site as one for each part (views)."""
+    parts = []
+    start = 0
+    for part in site.parts:
+        parts.append(whole.rows(start, start + part.n))
+        start += part.n
+    return tuple(parts)
 
 
 def site_report(
     site: LinearSite,
-    quantized: QTensor,
+    parts: Sequence[QTensor],
     w: Tensor,
     *,
     name: str,
@@ -146,13 +167,13 @@ def site_report(
     fallback: str | None = None,
     stats: Stats | None = None,
 ) -> SiteReport:
-    """Errors of `quantized` against `w` [N, K]."""
-    delta = dequantize(quantized) - w
+    """Errors of the quantized `parts` against `w` [N, K]."""
+    delta = _joined(parts) - w
     squared, norm = _squared(delta), _squared(w)
     hessian = stats.hessian if stats is not None else None
     return SiteReport(
         site=site.name,
-        format=quantized.format.name,
+        format="+".join(dict.fromkeys(part.format.name for part in parts)),
         method=name if fallback is None else "rtn",
         fallback=fallback,
         weight_mse=squared / w.numel(),
@@ -162,10 +183,14 @@ def site_report(
     )
 
 
-def replace_weight(block: Block, site: LinearSite, quantized: QTensor) -> None:
+def replace_weight(block: Block, site: LinearSite, parts: Sequence[QTensor]) -> None:
     """From now on the block computes with the quantized weight."""
     linear = cast(FloatLinear, block.linears[site.key])
-    block.linears[site.key] = FloatLinear(dequantize(quantized), linear.bias)
+    block.linears[site.key] = FloatLinear(_joined(parts), linear.bias)
+
+
+def _joined(parts: Sequence[QTensor]) -> Tensor:
+    return torch.cat([dequantize(part) for part in parts])
 
 
 def advance(stream: HiddenStates, block: Block, cos: Tensor, sin: Tensor, *, batch: int) -> None:

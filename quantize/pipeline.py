@@ -17,6 +17,7 @@ import logging
 import platform
 import resource
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ from dibit.engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoin
 from dibit.engine.checkpoint.writer import check_out, partial_directory
 from dibit.engine.errors import CheckpointError, ConfigError
 from dibit.engine.models import resolve_arch
-from dibit.engine.models.spec import Sizes, sites
+from dibit.engine.models.spec import LinearSite, Sizes, sites
 from dibit.engine.models.weights import check_names
 from dibit.engine.tokenizer import load_tokenizer
 from dibit.kernels.formats import Format, FormatError
@@ -89,6 +90,7 @@ def quantize_checkpoint(
     chosen = make_method(method, {}) if isinstance(method, str) else method
     if symmetric and not chosen.symmetric:
         chosen = dataclasses.replace(chosen, symmetric=True)  # type: ignore[type-var]
+    wanted = _wanted(plan, bits, group_size)
     looks = isinstance(plan, Budget) and plan.importance in NEED_TEXT
     if calibration is None and (chosen.needs or looks):
         what = f"method {_name(chosen)}" if chosen.needs else f"importance {cast(Budget, plan).importance}"
@@ -98,7 +100,6 @@ def quantize_checkpoint(
         )
     if calibration is not None and not chosen.needs and not looks:
         raise ConfigError(f"method {_name(chosen)} does not look at any text; leave the calibration out")
-    wanted = _wanted(plan, bits, group_size)
     check_out(Path(out), overwrite=overwrite)
     text = None if calibration is None else Calibration(calibration, samples, sequence_length, seed)
     with closing(open_checkpoint(resolve_model(model, revision=revision))) as checkpoint:
@@ -197,7 +198,7 @@ def _task(
     listed = [site for block in blocks for site in block]
     if isinstance(wanted, Plan):
         # Before the text, which may take a while to read.
-        wanted.resolve(listed)
+        _formats(wanted, listed, method)
     segments = None if text is None else _segments(checkpoint, sizes, text)
     allocation = None
     if isinstance(wanted, Budget):
@@ -220,11 +221,22 @@ def _task(
         blocks=blocks,
         plan=wanted,
         allocation=allocation,
-        formats=wanted.resolve(listed),
+        formats=_formats(wanted, listed, method),
         segments=segments,
         streams=streams,
         seed=seed,
     )
+
+
+def _formats(plan: Plan, sites: Sequence[LinearSite], method: Method | BlockMethod) -> dict[str, Format]:
+    formats = plan.resolve(sites)
+    divided = [site.name for site in sites if site.name not in formats]
+    if divided and isinstance(method, BlockMethod):
+        raise ConfigError(
+            f"method {_name(method)} needs one format for all linears of a site, and the plan gives those of "
+            f"{divided[0]} different ones; use rtn or gptq, or one format for each site"
+        )
+    return formats
 
 
 def _earlier_allocation(out: Path, budget: Budget) -> Allocation | None:

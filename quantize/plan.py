@@ -1,20 +1,21 @@
 """Which site gets which format.
 
-A plan is a default format and overrides by site name, as one writes them down; `resolve` turns it into one format per
-site and finds every misfit before anything is computed. Site names are those of the model's spec: "layers.3.qkv",
-"layers.3.o", "layers.3.gate_up", "layers.3.down". The linears fused into a site share its format.
+A plan is a default format and overrides by name, as one writes them down; `resolve` turns it into one format per site
+and finds every misfit before anything is computed. Site names are those of the model's spec: "layers.3.qkv",
+"layers.3.o", "layers.3.gate_up", "layers.3.down". An override may also name single linears, by the checkpoint's name
+of the module ("model.layers.3.self_attn.v_proj"); a site whose linears then differ is kept in parts.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dibit.engine.errors import ConfigError
-from dibit.engine.models.spec import LinearSite
+from dibit.engine.models.spec import LinearSite, Part
 from dibit.kernels.formats import GROUP_SIZES, PER_CHANNEL, Format, FormatError
 
 MAX_SITES_IN_MESSAGE = 4
@@ -22,15 +23,18 @@ MAX_SITES_IN_MESSAGE = 4
 
 @dataclass(frozen=True)
 class Override:
-    """`format` for the sites whose whole name the regular expression `pattern` matches."""
+    """`format` for the sites and linears whose whole name the regular expression `pattern` matches."""
 
     pattern: str
     format: Format
 
+    def matches(self, site: LinearSite, part: Part) -> bool:
+        return any(re.fullmatch(self.pattern, name) for name in (site.name, part.module))
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A default format, and overrides of which the last that matches a site wins."""
+    """A default format, and overrides of which the last that matches a linear, or the site it is in, wins."""
 
     default: Format
     overrides: tuple[Override, ...] = ()
@@ -40,7 +44,7 @@ class Plan:
         return cls(default=format)
 
     def override(self, pattern: str, format: Format) -> Plan:
-        """This plan with `format` for the sites that `pattern` matches. Raises ConfigError for a broken pattern."""
+        """This plan with `format` for what `pattern` matches. Raises ConfigError for a broken pattern."""
         try:
             re.compile(pattern)
         except re.error as error:
@@ -48,22 +52,31 @@ class Plan:
         return Plan(default=self.default, overrides=(*self.overrides, Override(pattern, format)))
 
     def resolve(self, sites: Sequence[LinearSite]) -> dict[str, Format]:
-        """One format per site name, checked against the shapes.
+        """One format per site name, or per module name where the linears of a site differ, checked against the shapes.
 
-        Raises ConfigError when an override matches no site, a group size does not divide a site's inputs, or a
+        Raises ConfigError when an override matches nothing, a group size does not divide a site's inputs, or a
         linear's shape does not fill whole words of the checkpoint format.
         """
         for override in self.overrides:
-            if not any(re.fullmatch(override.pattern, site.name) for site in sites):
+            if not any(override.matches(site, part) for site in sites for part in site.parts):
                 names = ", ".join(site.name for site in sites[:MAX_SITES_IN_MESSAGE])
-                raise ConfigError(f"the plan's pattern {override.pattern!r} matches no site; sites are: {names}, ...")
-        formats = {site.name: self._format(site.name) for site in sites}
+                raise ConfigError(
+                    f"the plan's pattern {override.pattern!r} matches no site and no linear; sites are: {names}, ...; "
+                    f"linears: {', '.join(part.module for part in sites[0].parts)}, ..."
+                )
+        formats: dict[str, Format] = {}
+        for site in sites:
+            own = [self._format(site, part) for part in site.parts]
+            if len(set(own)) == 1:
+                formats[site.name] = own[0]
+            else:
+                formats.update((part.module, found) for part, found in zip(site.parts, own, strict=True))
         _check_groups(sites, formats)
         _check_words(sites, formats)
         return formats
 
-    def _format(self, site: str) -> Format:
-        matching = [o.format for o in self.overrides if re.fullmatch(o.pattern, site)]
+    def _format(self, site: LinearSite, part: Part) -> Format:
+        matching = [override.format for override in self.overrides if override.matches(site, part)]
         return matching[-1] if matching else self.default
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,17 +109,30 @@ class Plan:
         return plan
 
 
+def part_formats(site: LinearSite, formats: Mapping[str, Format]) -> tuple[Format, ...]:
+    """Formats of the parts of a site, out of what `Plan.resolve` gave."""
+    whole = formats.get(site.name)
+    return tuple(formats[part.module] if whole is None else whole for part in site.parts)
+
+
 def bits_per_weight(sites: Sequence[LinearSite], formats: Mapping[str, Format]) -> float:
     """Stored bits per quantized weight, scales and zero points included."""
     weights = sum(site.n * site.k for site in sites)
-    return sum(site.n * site.k * formats[site.name].bits_per_weight(site.k) for site in sites) / weights
+    return sum(part.n * site.k * own.bits_per_weight(site.k) for site, part, own in _each(sites, formats)) / weights
+
+
+def _each(sites: Sequence[LinearSite], formats: Mapping[str, Format]) -> Iterator[tuple[LinearSite, Part, Format]]:
+    for site in sites:
+        for part, own in zip(site.parts, part_formats(site, formats), strict=True):
+            yield site, part, own
 
 
 def _check_groups(sites: Sequence[LinearSite], formats: Mapping[str, Format]) -> None:
-    misfits = [site for site in sites if not _divides(formats[site.name].group_size, site.k)]
-    if not misfits:
+    wrong = [(site, own) for site, _, own in _each(sites, formats) if not _divides(own.group_size, site.k)]
+    if not wrong:
         return
-    sizes = sorted({formats[site.name].group_size for site in misfits})
+    misfits = list({site.name: site for site, _ in wrong}.values())
+    sizes = sorted({own.group_size for _, own in wrong})
     widths = sorted({site.k for site in misfits})
     working = [str(g) for g in GROUP_SIZES if all(_divides(g, k) for k in widths)]
     raise ConfigError(
@@ -117,13 +143,12 @@ def _check_groups(sites: Sequence[LinearSite], formats: Mapping[str, Format]) ->
 
 def _check_words(sites: Sequence[LinearSite], formats: Mapping[str, Format]) -> None:
     """GPTQ packs codes along K and zero points along N of each linear into 32-bit words."""
-    for site in sites:
-        bits = formats[site.name].bits
-        for what, size in [("inputs", site.k), *((f"outputs of {part.module}", part.n) for part in site.parts)]:
-            if size * bits % 32:
+    for site, part, own in _each(sites, formats):
+        for what, size in (("inputs", site.k), (f"outputs of {part.module}", part.n)):
+            if size * own.bits % 32:
                 raise ConfigError(
-                    f"{site.name} has {size} {what}: at {bits} bits they do not fill whole 32-bit words "
-                    f"(a multiple of {_word_multiple(bits)} is needed); choose other bits for this site in a plan"
+                    f"{site.name} has {size} {what}: at {own.bits} bits they do not fill whole 32-bit words "
+                    f"(a multiple of {_word_multiple(own.bits)} is needed); choose other bits for this site in a plan"
                 )
 
 

@@ -12,7 +12,7 @@ from dibit.engine.checkpoint import Checkpoint, CheckpointWriter
 from dibit.engine.models.decoder import load_embedding, load_float_block
 from dibit.engine.models.spec import Arch, LinearSite, Sizes, float_shapes
 from dibit.engine.models.weights import read_float_site
-from dibit.kernels.formats import Format, QTensor, concat_rows
+from dibit.kernels.formats import Format, QTensor
 from dibit.quantize.block import (
     BlockJob,
     BlockMethod,
@@ -25,7 +25,7 @@ from dibit.quantize.block import (
 from dibit.quantize.budget import Allocation
 from dibit.quantize.calibration import Segments
 from dibit.quantize.journal import Journal
-from dibit.quantize.plan import Plan
+from dibit.quantize.plan import Plan, part_formats
 from dibit.quantize.report import SiteReport
 from dibit.quantize.stats import Method, Stats
 from dibit.quantize.streams import HiddenStates, StreamConfig
@@ -44,7 +44,7 @@ class Task:
     blocks    sites of every block
     plan      where the formats come from
     allocation  what the plan comes from, when that was a budget
-    formats   by site name
+    formats   by site name; by module name where the linears of a site differ
     segments  the calibration text; None when nothing looks at it
     seed      for anything random in the method
     """
@@ -90,15 +90,13 @@ class Output:
                 self.writer.add_float(name, task.checkpoint.export(name))
         self.writer.flush()
 
-    def add_site(self, site: LinearSite, quantized: QTensor) -> None:
-        start = 0
-        for part in site.parts:
-            self.writer.add_quantized(part.module, quantized.rows(start, start + part.n))
-            start += part.n
+    def add_site(self, site: LinearSite, parts: Sequence[QTensor]) -> None:
+        for part, quantized in zip(site.parts, parts, strict=True):
+            self.writer.add_quantized(part.module, quantized)
 
-    def read_site(self, site: LinearSite) -> QTensor:
-        """A site of a block that an earlier run finished."""
-        return concat_rows([self.writer.module(part.module) for part in site.parts])
+    def read_site(self, site: LinearSite) -> tuple[QTensor, ...]:
+        """The parts of a site of a block that an earlier run finished."""
+        return tuple(self.writer.module(part.module) for part in site.parts)
 
     def close_block(self, layer: int, reports: Sequence[SiteReport], *, begun: float) -> None:
         """The block is complete on disk when this returns."""
@@ -123,10 +121,10 @@ def data_free(task: Task, output: Output, method: Method) -> None:
             output.tell(layer, site.name)
             started = time.monotonic()
             w = read_float_site(task.checkpoint, site)
-            quantized, fallback = quantize_site(w, task.formats[site.name], Stats(), method, site=site.name)
+            parts, fallback = quantize_site(w, site, part_formats(site, task.formats), Stats(), method)
             seconds = time.monotonic() - started
-            reports.append(site_report(site, quantized, w, name=task.name, seconds=seconds, fallback=fallback))
-            output.add_site(site, quantized)
+            reports.append(site_report(site, parts, w, name=task.name, seconds=seconds, fallback=fallback))
+            output.add_site(site, parts)
         output.close_block(layer, reports, begun=begun)
 
 
@@ -164,7 +162,7 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
             )
             results = quantize_block(job, task.method, name=task.name, progress=partial(output.tell, layer))
             for site, result in zip(sites, results, strict=True):
-                output.add_site(site, result.quantized)
+                output.add_site(site, result.parts)
             reports = [result.report for result in results]
             del results, job
         if layer + 1 < task.sizes.layers:

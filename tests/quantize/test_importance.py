@@ -209,16 +209,26 @@ def test_refusals_come_before_anything_is_written(tiny: Path, text: Path, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_blocks_of_different_widths_serve_alike_on_every_backend(tiny: Path, tmp_path: Path) -> None:
+PER_LINEAR = (
+    Plan.uniform(Format(4, 32))
+    .override(r"model\.layers\.(0|2)\..*\.(q|gate)_proj", Format(3, 16))
+    .override(r"model\.layers\.1\..*\.v_proj", Format(8, -1))
+    .override(r"layers\.1\.down", Format(2, 16))
+)
+
+
+@pytest.mark.parametrize("plan", [Budget(mean_bits=4.5, importance="zd"), PER_LINEAR], ids=["blocks", "linears"])
+def test_mixed_widths_serve_alike_on_every_backend(tiny: Path, tmp_path: Path, plan: Plan | Budget) -> None:
     out = tmp_path / "out"
-    quantize(tiny, out, Budget(mean_bits=4.5, importance="zd"))
-    texts, scores = [], []
+    group_size = None if isinstance(plan, Plan) else 32
+    quantize_checkpoint(str(tiny), out, group_size=group_size, plan=plan)
+    tokens, scores = [], []
     for backend in ("reference", "auto"):
         with LLM(str(out), backend=backend, threads=1) as llm:
             (completion,) = llm.generate([[5, 9, 30, 12]], SamplingParams(max_tokens=8, temperature=0.0))
-            texts.append(completion.token_ids)
-            scores.append(llm.score([5, 9, 30, 12, *completion.token_ids]))
-    assert texts[0] == texts[1]
+            tokens.append(completion.token_ids)
+            scores.append(llm.score([5, 9, 30, 12, *tokens[0]]))
+    assert tokens[0] == tokens[1]
     # The cpu kernels round activations to 8 bits; wrong weights would be off by several nats.
     differences = [abs(a - b) for a, b in zip(*scores, strict=True)]
     assert max(differences) < 0.3

@@ -198,6 +198,37 @@ def test_a_plan_gives_sites_their_own_formats(tiny: Path, tmp_path: Path) -> Non
     assert found["model.layers.1.mlp.down_proj"] == Format(8, 32)
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_plan_may_divide_a_fused_site(tiny: Path, text: Path, tmp_path: Path, method: str) -> None:
+    """Rows do not influence each other: every linear is as in the checkpoint where all have its format."""
+    calibration = {"calibration": text, **TEXT} if method == "gptq" else {}
+    out = tmp_path / "out"
+    plan = Plan.uniform(Format(4, 32)).override(r"model\.layers\.0\..*\.(v|up)_proj", Format(2, 16))
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_checkpoint(str(tiny), out, method=method, plan=plan, progress=stop, **calibration)
+    report = quantize_checkpoint(str(tiny), out, method=method, plan=plan, **calibration)
+    assert report.resumed_blocks == 1
+    assert {site.site: site.format for site in report.sites}["layers.0.gate_up"] == "int4-g32+int2-g16"
+    found = weights(out)
+    for default in (Format(4, 32), Format(2, 16)):
+        other = tmp_path / default.name
+        quantize_checkpoint(str(tiny), other, method=method, plan=Plan.uniform(default), **calibration)
+        for name in FUSED["qkv"]:
+            module = f"model.layers.0.{name}"
+            wanted = Format(2, 16) if name.endswith("v_proj") else Format(4, 32)
+            assert found[module].format == wanted
+            if wanted == default:
+                assert torch.equal(found[module].codes, weights(other)[module].codes)
+    if method == "rtn":
+        with pytest.raises(ConfigError, match=r"gives those of layers\.0\.qkv different ones"):
+            gptq(tiny, tmp_path / "no", text, method=Watching(seen=[]), plan=plan, bits=None, group_size=None)
+
+
 def test_streams_in_a_file_change_nothing(tiny: Path, text: Path, unseen: Tensor, whole: Path, tmp_path: Path) -> None:
     gptq(tiny, tmp_path / "file", text, streams=StreamConfig(memory_bytes=0))
     assert contents(whole) == contents(tmp_path / "file")

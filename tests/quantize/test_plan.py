@@ -12,7 +12,7 @@ from dibit.engine.models.llama import LLAMA
 from dibit.engine.models.rope import Rope
 from dibit.engine.models.spec import LinearSite, Sizes, sites
 from dibit.kernels.formats import Format
-from dibit.quantize.plan import Override, Plan, bits_per_weight
+from dibit.quantize.plan import Override, Plan, bits_per_weight, part_formats
 
 INT4 = Format(4, 64)
 INT2 = Format(2, 16)
@@ -49,6 +49,24 @@ def test_the_last_matching_override_wins() -> None:
     assert formats["layers.0.qkv"] == INT4
     assert formats["layers.1.qkv"] == INT2
     assert formats["layers.1.down"] == formats["layers.0.down"] == Format(8, -1)
+
+
+def test_single_linears_may_differ_inside_a_site() -> None:
+    plan = Plan.uniform(INT4).override(r"model\.layers\.1\.self_attn\.v_proj", INT2).override(r".*\.mlp\..*", INT2)
+    found = listing()
+    formats = plan.resolve(found)
+    assert formats["layers.0.qkv"] == INT4
+    assert "layers.1.qkv" not in formats
+    assert part_formats(found[4], formats) == (INT4, INT4, INT2)
+    assert formats["layers.1.gate_up"] == formats["layers.1.down"] == INT2
+    assert part_formats(found[6], formats) == (INT2, INT2)
+    v = 192 * 576
+    weights = sum(site.n * site.k for site in found)
+    attention = sum(site.n * site.k for site in found if site.key in ("qkv", "o")) - v
+    expected = (attention * (4 + 20 / 64) + (weights - attention) * (2 + 18 / 16)) / weights
+    assert bits_per_weight(found, formats) == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="group size 128 does not divide the 576 inputs"):
+        Plan.uniform(INT4).override(r".*\.k_proj", Format(4, 128)).resolve(found)
 
 
 def test_an_override_must_match_whole_names() -> None:
