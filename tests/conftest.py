@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,16 @@ def seeded() -> None:
         torch.manual_seed(0)
         # Tiny tensors: a second thread costs more than it brings, and far more where the cores are shared.
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def low_bit_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model at 4 bits, as `make serve` makes it. For tests marked `demo`."""
+    from dibit.quantize import quantize_checkpoint
+
+    out = tmp_path_factory.mktemp("models") / "demo-4bit"
+    quantize_checkpoint("demo", out, method="rtn", bits=4, group_size=64)
+    return out
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,9 +28,10 @@ TOKEN_BYTES = 30 * 2 * 3 * 64 * 4  # layers, keys and values, heads, head size, 
 
 
 # One thread: compute threads that wait for each other are slow where other processes hold the cores.
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM("demo", max_model_len=512, max_num_seqs=8, threads=1) as demo:
+@pytest.fixture(scope="module", params=["float", "4 bits"])
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    model = "demo" if request.param == "float" else request.getfixturevalue("low_bit_demo")
+    with LLM(model, max_model_len=512, max_num_seqs=8, threads=1, kv_type="float32") as demo:
         yield demo
 
 
@@ -45,7 +46,7 @@ def again(llm: LLM, **settings: Any) -> LLM:
 
     runner = llm.core.runner
     assert isinstance(runner, ModelRunner)
-    config = EngineConfig(**{"max_model_len": 512, "max_num_seqs": 8, "threads": 1, **settings})
+    config = EngineConfig(**{"max_model_len": 512, "max_num_seqs": 8, "threads": 1, "kv_type": "float32", **settings})
     return LLM.of(EngineCore(ModelRunner(runner.decoder, config), llm.tokenizer, config))
 
 

@@ -119,15 +119,17 @@ def test_json_goes_to_a_file_and_the_table_to_the_person(run: Callable[..., Ende
     assert run("doctor", "--json", tmp_path / "no" / "doctor.json").status == 2
 
 
-@pytest.fixture(scope="module")
-def low_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    needs_demo()
-    out = tmp_path_factory.mktemp("cli") / "demo-4bit"
-    command = [*DIBIT, "quantize", "demo", "--out", str(out), "--bits", "4", "--group-size", "64"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "bits per quantized weight" in done.stdout
-    return out
+@pytest.fixture
+def low_bit(low_bit_demo: Path) -> Path:
+    return low_bit_demo
+
+
+@pytest.mark.demo
+def test_quantize_writes_a_checkpoint_and_says_what_it_did(run: Callable[..., Ended], tmp_path: Path) -> None:
+    ended = run("quantize", "demo", "--out", tmp_path / "demo-2bit", "--bits", 2, "--group-size", 64)
+    assert ended.status == 0
+    assert "2.28 bits per quantized weight" in ended.out
+    assert (tmp_path / "demo-2bit" / "config.json").exists()
 
 
 @pytest.mark.demo
