@@ -106,9 +106,16 @@ class Block:
 
     def dense(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Whole sequences from position 0: x [B, T, hidden], cos and sin [>= T, D/2] -> [B, T, hidden]."""
-        h = x + self.linears["o"](self._attend(self.linears["qkv"](self._norm(x, self.attn_norm)), cos, sin))
-        gate_up = self.linears["gate_up"](self._norm(h, self.mlp_norm))
-        return h + self.linears["down"](silu_mul_reference(gate_up))
+        h = x + self.dense_attention(x, cos, sin)
+        return h + self.dense_mlp(h)
+
+    def dense_attention(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What attention adds to x, both [B, T, hidden]."""
+        return self.linears["o"](self._attend(self.linears["qkv"](self._norm(x, self.attn_norm)), cos, sin))
+
+    def dense_mlp(self, h: Tensor) -> Tensor:
+        """What the MLP adds to h, both [.., hidden]."""
+        return self.linears["down"](silu_mul_reference(self.linears["gate_up"](self._norm(h, self.mlp_norm))))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm_reference(x, weight, self.sizes.norm_eps)
