@@ -22,6 +22,7 @@ from dibit.engine.core import EngineCore
 from dibit.engine.errors import ConfigError
 from dibit.engine.runner import ModelRunner
 from dibit.engine.step import Step, StepResult
+from dibit.kernels import native
 
 BANDWIDTH_BYTES = 1 << 30
 
@@ -94,6 +95,8 @@ def run_decode(
         raise ConfigError("prompt-len, gen-len, repeats and batch sizes must be at least 1")
     if largest > config.max_num_seqs:
         raise ConfigError(f"batch {largest} with --max-num-seqs {config.max_num_seqs}; raise --max-num-seqs")
+    if (reason := native.unavailable()) is not None:
+        raise ConfigError(f"bench decode measures the C++ kernels and the bandwidth they read with; {reason}")
     core = build_core(model, config)
     assert isinstance(core.runner, ModelRunner)
     watch = _Watch(core.runner)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from dibit.engine.async_engine import AsyncEngine
 from dibit.engine.config import EngineConfig
 from dibit.engine.core import EngineCore
+
+logger = logging.getLogger(__name__)
 
 
 def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
@@ -15,6 +18,7 @@ def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
     from dibit.engine.loader import load_decoder
     from dibit.engine.runner import ModelRunner
     from dibit.engine.tokenizer import load_tokenizer
+    from dibit.kernels import native
 
     checkpoint = open_checkpoint(resolve_model(str(model)), gptq_zero=config.gptq_zero)
     try:
@@ -22,11 +26,15 @@ def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
         decoder = load_decoder(checkpoint, config=config)
     finally:
         checkpoint.close()
+    if (reason := native.unavailable()) is not None and config.backend == "auto":
+        logger.warning("running on the reference path, many times slower than the C++ kernels: %s", reason)
     runner = ModelRunner(decoder, config)
     runner.warm_up()
     return EngineCore(runner, tokenizer, config)
 
 
 def build_engine(model: str | Path, config: EngineConfig, *, model_name: str | None = None) -> AsyncEngine:
-    """`build_core` behind a thread that is not started yet. Callers are told `model_name` (by default `model`)."""
-    return AsyncEngine(build_core(model, config), model_name=model_name or str(model))
+    """`build_core` behind a thread that is not started yet. Callers are told `model_name` (by default the
+    name of the directory or file, or the Hub id)."""
+    default = Path(model).name if Path(model).exists() else str(model)
+    return AsyncEngine(build_core(model, config), model_name=model_name or default)

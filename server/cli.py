@@ -327,6 +327,8 @@ def bench_ops(
     Example: dibit bench ops --shapes 4096x4096 --bits 2,4 --batch-sizes 1,64
     """
     from dibit.bench import ops
+    from dibit.kernels.formats import FormatError
+    from dibit.kernels.native import NativeError
     from dibit.server.output import write_json
 
     pairs = []
@@ -335,13 +337,16 @@ def bench_ops(
         if not (x and n.isdigit() and k.isdigit()):
             raise ConfigError(f"{shape!r} is not a shape; write for example 4096x11008 (outputs x inputs)")
         pairs.append((int(n), int(k)))
-    results = ops.run_ops(
-        pairs,
-        bits=parse_integers(bits),
-        group_size=group_size,
-        batch_sizes=parse_integers(batch_sizes),
-        threads=threads,
-    )
+    try:
+        results = ops.run_ops(
+            pairs,
+            bits=parse_integers(bits),
+            group_size=group_size,
+            batch_sizes=parse_integers(batch_sizes),
+            threads=threads,
+        )
+    except (FormatError, NativeError) as error:
+        raise ConfigError(str(error)) from error
     if json != "-":
         typer.echo(ops.format_table(results))
     write_json(results, json)
