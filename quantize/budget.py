@@ -30,6 +30,10 @@ from dibit.quantize.importance import IMPORTANCES, Importance, ImportanceKind
 from dibit.quantize.plan import Plan
 
 
+SAMPLES = 16
+MEASURED_SAMPLES = 4
+
+
 @dataclass(frozen=True)
 class Budget:
     """What may be spent, and how it is divided.
@@ -39,7 +43,8 @@ class Budget:
     choices      widths to choose from
     importance   what tells which blocks get more
     reverse      the least important ones get more instead: for comparison
-    samples      calibration sequences that the importance looks at, at most
+    samples      calibration sequences that the importance looks at, at most; left out: 16, or 4 for "measured", which
+                 takes far more work for each
     """
 
     mean_bits: float | None = None
@@ -47,7 +52,7 @@ class Budget:
     choices: tuple[int, ...] = BITS
     importance: ImportanceKind = "lim"
     reverse: bool = False
-    samples: int = 16
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         if (self.mean_bits is None) == (self.total_bytes is None):
@@ -60,8 +65,10 @@ class Budget:
             raise ConfigError(f"widths to choose from: {found}; supported: {', '.join(map(str, BITS))}")
         if self.importance not in IMPORTANCES:
             raise ConfigError(f"importance {self.importance!r} is not known; supported: {', '.join(IMPORTANCES)}")
-        if self.samples < 1:
+        if self.samples is not None and self.samples < 1:
             raise ConfigError(f"importance samples is {self.samples}; it must be at least 1")
+        if self.samples is None:
+            object.__setattr__(self, "samples", MEASURED_SAMPLES if self.importance == "measured" else SAMPLES)
         object.__setattr__(self, "choices", tuple(sorted(set(self.choices))))
 
 

@@ -39,7 +39,7 @@ ImportanceName = Annotated[
     ),
 ]
 ImportanceSamples = Annotated[
-    int | None, typer.Option(help="calibration sequences that the importance looks at; left out: 16")
+    int | None, typer.Option(help="calibration sequences that the importance looks at; left out: 16, or 4 for measured")
 ]
 Reverse = Annotated[bool, typer.Option("--reverse", help="give the least important blocks more bits: for comparison")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan: formats by layer, as JSON", metavar="FILE")]
