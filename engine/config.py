@@ -38,6 +38,7 @@ class EngineConfig:
     gptq_zero         how a GPTQ checkpoint stores its zero points: v1 (minus one), v2, or "auto" to decide
     threads           compute threads (None: every core this process may use)
     prefix_cache      reuse the KV blocks of a shared prompt prefix
+    tape              replay decode steps as recorded lists of native calls, where every op of the model is native
     """
 
     device: Device = "auto"
@@ -54,6 +55,7 @@ class EngineConfig:
     gptq_zero: GPTQZero = "auto"
     threads: int | None = None
     prefix_cache: bool = True
+    tape: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "max_queued", "block_size"):

@@ -1,13 +1,15 @@
 """The Runner that owns a model and its KV cache: a step in, tokens out.
 
 Logits are computed for the rows that need them and no others: the last token of a chunk that samples, and the tokens
-of prompts whose log-probabilities were asked for, these in slices of at most 64 MB.
+of prompts whose log-probabilities were asked for, these in slices of at most 64 MB. A step that computes one token of
+each sequence and samples from all of them, a decode step, is replayed from a tape where there can be one.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from dibit.engine.batch import Batch, build_batch
 from dibit.engine.config import EngineConfig
+from dibit.engine.decode_tape import DecodeTapes
 from dibit.engine.kv_cache import allocate
 from dibit.engine.memory_plan import LOGIT_BYTES, activation_bytes, free_memory, size_cache
 from dibit.engine.models.decoder import Decoder
 from dibit.engine.request import Request, TokenLogprob
-from dibit.engine.sampler import prompt_logprobs, sample
+from dibit.engine.sampler import Highest, prompt_logprobs, sample
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
 from dibit.kernels import native
 
@@ -41,6 +44,9 @@ class ModelRunner:
     """Implements step.Runner. Raises ConfigError when the cache that the settings ask for has no room.
 
     free_bytes  memory that the cache may be taken from (None: what is free now, with the weights already held)
+
+    taped_steps, untaped_steps  steps that were replayed from a tape (the recording of one counts too), and the others
+    tape_s                      seconds spent in the former, up to their logits
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig, *, free_bytes: int | None = None) -> None:
@@ -64,6 +70,9 @@ class ModelRunner:
             dtype=size.dtype,
             device=decoder.device,
         )
+        self.taped_steps = self.untaped_steps = 0
+        self.tape_s = 0.0
+        self._tapes = self._decode_tapes()
 
     @property
     def num_blocks(self) -> int:
@@ -77,9 +86,42 @@ class ModelRunner:
     def max_model_len(self) -> int:
         return self._max_model_len
 
-    @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
         """Compute a step. Faults of single rows are in `failed`; anything else raises."""
+        if self._tapes is not None and len(step.chunks) <= self._tapes.max_seqs and all(map(_decodes, step.chunks)):
+            return self._replay(self._tapes, step)
+        self.untaped_steps += 1
+        return self._compute(step)
+
+    def _replay(self, tapes: DecodeTapes, step: Step) -> StepResult:
+        started_s = time.perf_counter()
+        decoded = tapes.run(step.chunks)
+        self.tape_s += time.perf_counter() - started_s
+        if tapes.refusal is None:
+            self.taped_steps += 1
+        else:
+            log.info("decode steps run op by op: %s", tapes.refusal)
+            self._tapes = None
+            self.untaped_steps += 1
+        sampled: dict[str, Sampled] = {}
+        failed: dict[str, str] = {}
+        _sort_out(decoded.logits, [chunk.request for chunk in step.chunks], sampled, failed, highest=decoded.highest)
+        return StepResult(sampled=sampled, failed=failed)
+
+    def _decode_tapes(self) -> DecodeTapes | None:
+        if not self.config.tape or self.decoder.device.type != "cpu":
+            return None
+        return DecodeTapes(
+            self.decoder,
+            self.cache,
+            self._cos,
+            self._sin,
+            max_seqs=min(self.config.max_num_seqs, self._rows_per_slice),
+            max_model_len=self.max_model_len,
+        )
+
+    @torch.inference_mode()
+    def _compute(self, step: Step) -> StepResult:
         rows = _rows(step)
         everything = len(rows.index) == step.num_tokens and not rows.spans
         batch = build_batch(
@@ -91,11 +133,7 @@ class ModelRunner:
         for start in range(0, len(rows.sampling), self._rows_per_slice):
             requests = rows.sampling[start : start + self._rows_per_slice]
             logits = self.decoder.logits(hidden[start : start + len(requests)])
-            for request, outcome in zip(requests, sample(logits, requests), strict=True):
-                if isinstance(outcome, Exception):
-                    failed[request.id] = f"{type(outcome).__name__}: {outcome}"
-                else:
-                    sampled[request.id] = outcome
+            _sort_out(logits, requests, sampled, failed)
         scored: dict[str, tuple[TokenLogprob, ...]] = {}
         first = len(rows.sampling)
         for chunk, count in rows.spans:
@@ -147,6 +185,32 @@ def set_threads(config: EngineConfig, decoder: Decoder) -> int:
         native.set_threads(threads)
     torch.set_num_threads(1 if uses_native and decoder.quantized else threads)
     return threads
+
+
+def _decodes(chunk: Chunk) -> bool:
+    """Whether all there is to compute of a chunk is one token and a draw."""
+    request = chunk.request
+    return (
+        chunk.count == 1
+        and chunk.samples
+        and (request.params.prompt_logprobs is None or chunk.stop >= request.num_prompt)
+    )
+
+
+def _sort_out(
+    logits: Tensor,
+    requests: Sequence[Request],
+    sampled: dict[str, Sampled],
+    failed: dict[str, str],
+    *,
+    highest: Highest | None = None,
+) -> None:
+    """Samples a row for each request into the one dict or the other."""
+    for request, outcome in zip(requests, sample(logits, requests, highest=highest), strict=True):
+        if isinstance(outcome, Exception):
+            failed[request.id] = f"{type(outcome).__name__}: {outcome}"
+        else:
+            sampled[request.id] = outcome
 
 
 def _rows(step: Step) -> _Rows:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
+class Highest:
+    """The highest logit of each row [R] and the first id that has it [R]; NaN counts as the highest of all."""
+
+    ids: npt.NDArray[np.integer[Any]]
+    peaks: npt.NDArray[np.float32]
+
 
 # Scores are float32, about 1e-6 apart at usual sizes: below this temperature only ties are left to chance, and scores
 # divided by it would overflow.
@@ -49,22 +59,24 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
                 )
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Exception]:
+def sample(logits: Tensor, requests: Sequence[Request], *, highest: Highest | None = None) -> list[Sampled | Exception]:
     """The next token of each request, or why there is none.
 
-    logits [R, V] float32, row r for requests[r]; not changed. An exception stands in the list for a row with NaN, +inf
-    or nothing but -inf, and for one whose parameters name ids that the logits do not have.
+    logits [R, V] float32, row r for requests[r]; not changed. `highest` is theirs, where it is known already. An
+    exception stands in the list for a row with NaN, +inf or nothing but -inf, and for one whose parameters name ids
+    that the logits do not have.
     """
     if logits.shape[0] != len(requests):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
     if logits.device.type != "cpu" and all(_is_plain(request) for request in requests):
         return _highest_on_device(logits, requests)
     rows = _rows(logits)
-    # NaN counts as the highest here, so the peak of a row with any is NaN.
-    best = rows.argmax(axis=1)
+    if highest is None:
+        # NaN counts as the highest here, so the peak of a row with any is NaN.
+        ids = rows.argmax(axis=1)
+        highest = Highest(ids, rows[np.arange(len(rows)), ids])
     results: list[Sampled | Exception] = []
-    for row, token_id, request in zip(rows, best.tolist(), requests, strict=True):
-        peak = float(row[token_id])
+    for row, token_id, peak, request in zip(rows, highest.ids.tolist(), highest.peaks.tolist(), requests, strict=True):
         try:
             results.append(_sample_row(row, token_id, peak, request) if math.isfinite(peak) else _fault(request, peak))
         except Exception as error:

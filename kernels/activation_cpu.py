@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dibit.kernels import native
+from dibit.kernels import native, tape
 from dibit.kernels.contract import ContractError, Dims
 
 _F32 = torch.float32
@@ -30,7 +30,7 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     if 2 * width != gate_up.shape[1]:
         _refuse(gate_up, out)
     if out is None:
-        out = torch.empty(rows, width, dtype=_F32)
+        out = tape.empty(rows, width)
     elif out.dtype is not _F32 or not out.is_cpu or out.shape != (rows, width) or not out.is_contiguous():
         _refuse(gate_up, out)
     _entry()(out.data_ptr(), gate_up.data_ptr(), rows, width)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dibit.kernels import native
+from dibit.kernels import native, tape
 from dibit.kernels.contract import ContractError, Dims
 from dibit.kernels.rope_cpu import CACHE_REALS
 
@@ -70,7 +70,7 @@ def paged_attention(
         and block_tables.is_cpu
     )
     if out is None:
-        out = torch.empty_like(q)
+        out = tape.empty(*q.shape)
     elif out.dtype is not _F32 or not out.is_cpu or out.shape != q.shape or not out.is_contiguous():
         fits = False
     if not fits:

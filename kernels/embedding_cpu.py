@@ -9,7 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from dibit.kernels import native
+from dibit.kernels import native, tape
 from dibit.kernels.contract import Dims
 from dibit.kernels.qlinear_cpu import CpuQWeight, QWeightStruct
 
@@ -20,7 +20,7 @@ _BAD_ID = 3
 def embedding(ids: Tensor, w: CpuQWeight) -> Tensor:
     """ids [T] int64 -> [T, K] float32; IndexError for an id outside [0, V)."""
     Dims("embedding").check("ids", ids, "T", (torch.int64,))
-    y = torch.empty(ids.shape[0], w.k)
+    y = tape.empty(ids.shape[0], w.k)
     status = native.entry("dibit_embedding", *_TYPES)(
         ctypes.byref(w.native), ids.data_ptr(), ids.shape[0], y.data_ptr()
     )

@@ -12,13 +12,17 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 POINTER = ctypes.c_void_p
 INT = ctypes.c_int64
 FLOAT = ctypes.c_float
 
+Recorder = Callable[[str, tuple[Any, ...], tuple[Any, ...]], None]
+"""Told of every call through `entry` and `function` that was accepted: entry point, argument types, arguments."""
+
 LIBRARY = Path(__file__).parent / "_cpu.abi3.so"
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class NativeError(RuntimeError):
@@ -45,9 +49,7 @@ def library() -> ctypes.CDLL:
     lib.dibit_set_isa.restype = ctypes.c_int
     found = lib.dibit_abi_version()
     if found != ABI_VERSION:
-        raise NativeError(
-            f"the C++ kernels are of version {found}, not {ABI_VERSION}; rebuild with `make build`"
-        )
+        raise NativeError(f"the C++ kernels are of version {found}, not {ABI_VERSION}; rebuild with `make build`")
     return lib
 
 
@@ -63,14 +65,23 @@ def unavailable() -> str | None:
 @functools.cache
 def entry(name: str, *argtypes: type) -> Callable[..., int]:
     """A typed entry point that returns its status: 0, or what the op's header says."""
-    found: Callable[..., int] = _typed(name, argtypes)
-    return found
+    symbol = getattr(library(), name)
+    symbol.argtypes = list(argtypes)
+    symbol.restype = ctypes.c_int
+
+    def call(*args: object) -> int:
+        status: int = symbol(*args)
+        if _recorder is not None and status == 0:
+            _recorder(name, argtypes, args)
+        return status
+
+    return call
 
 
 @functools.cache
 def function(name: str, *argtypes: type) -> Callable[..., None]:
     """A typed entry point. Non-zero status becomes NativeError."""
-    status_of = _typed(name, argtypes)
+    status_of = entry(name, *argtypes)
 
     def call(*args: object) -> None:
         status = status_of(*args)
@@ -80,12 +91,13 @@ def function(name: str, *argtypes: type) -> Callable[..., None]:
     return call
 
 
-def _typed(name: str, argtypes: tuple[type, ...]) -> Callable[..., int]:
-    symbol = getattr(library(), name)
-    symbol.argtypes = list(argtypes)
-    symbol.restype = ctypes.c_int
-    typed: Callable[..., int] = symbol
-    return typed
+_recorder: Recorder | None = None
+
+
+def set_recorder(recorder: Recorder | None) -> None:
+    """Whom to tell of calls from now on; tape.py sees to it that there is one at a time."""
+    global _recorder
+    _recorder = recorder
 
 
 def isa() -> str:

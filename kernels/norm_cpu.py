@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dibit.kernels import native
+from dibit.kernels import native, tape
 from dibit.kernels.contract import ContractError, Dims
 
 _F32 = torch.float32
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
     """norm(x) * weight, [T, K] float32, in `out` when given (`x` itself is allowed). Raises ContractError."""
     if not (_rows(x) and _vector(weight, x)) or (out is not None and not _same(out, x)):
         _refuse("rms_norm", x, weight, None, out)
-    y = torch.empty_like(x) if out is None else out
+    y = tape.empty(*x.shape) if out is None else out
     _entry()(y.data_ptr(), x.data_ptr(), 0, weight.data_ptr(), x.shape[0], x.shape[1], eps)
     return y
 
@@ -38,7 +38,7 @@ def add_rms_norm(
     """(norm(x + residual) * weight, residual), residual now holding the sum. `out` may be `x`. Raises ContractError."""
     if not (_rows(x) and _same(residual, x) and _vector(weight, x)) or (out is not None and not _same(out, x)):
         _refuse("add_rms_norm", x, weight, residual, out)
-    y = torch.empty_like(x) if out is None else out
+    y = tape.empty(*x.shape) if out is None else out
     _entry()(y.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr(), x.shape[0], x.shape[1], eps)
     return y, residual
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dibit.kernels import native
+from dibit.kernels import native, tape
 from dibit.kernels.contract import Dims
 from dibit.kernels.formats import PER_CHANNEL, Format, FormatError, QTensor
 
@@ -143,7 +143,7 @@ def qlinear(x: Tensor, w: CpuQWeight, bias: Tensor | None = None, *, out: Tensor
         dims.check("out", out, "M N", (x.dtype,))
     m = x.shape[0]
     wide = x if x.dtype == torch.float32 else x.float()
-    y = out if out is not None and out.dtype == torch.float32 else torch.empty(m, w.n)
+    y = out if out is not None and out.dtype == torch.float32 else tape.empty(m, w.n)
     native.function("dibit_qlinear", *_QLINEAR_TYPES)(
         ctypes.byref(w.native), wide.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr()
     )

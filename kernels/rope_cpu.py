@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dibit.kernels import native
+from dibit.kernels import native, tape
 from dibit.kernels.contract import ContractError, Dims
 
 CACHE_REALS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Real in csrc/vec_bodies.h
@@ -74,7 +74,7 @@ def rope_kv_write(
         and sin.is_cpu
     )
     if out is None:
-        out = torch.empty(tokens, heads * d, dtype=_F32)
+        out = tape.empty(tokens, heads * d)
     elif out.dtype is not _F32 or not out.is_cpu or out.shape != (tokens, heads * d) or not out.is_contiguous():
         fits = False
     if not fits:

@@ -79,6 +79,7 @@ class Ops:
     rope_kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
+    argmax: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @classmethod
     def resolve(cls, *, device: str, backend: Backend = "auto") -> Ops:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "ops.h"
 #include "pool.h"
 #include "vec_bodies.h"
 

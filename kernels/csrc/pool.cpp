@@ -43,8 +43,25 @@ class Pool {
     for (int i = 1; i < threads; ++i) workers_.emplace_back([this, seen = range_of(ticket_.load())] { work(seen); });
   }
 
+  void enter() {
+    turn_.lock();
+    in_session_ = true;
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      awake_ = true;
+    }
+    if (sleepers_.load(std::memory_order_acquire) != 0) wake_.notify_all();
+  }
+
+  void leave() {
+    awake_ = false;
+    in_session_ = false;
+    turn_.unlock();
+  }
+
   void run(int64_t n, int64_t grain, RangeFn fn, void* context) {
-    std::lock_guard<std::mutex> turn(turn_);
+    std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
+    if (!in_session_) turn.lock();
     const int64_t grains = (n + grain - 1) / grain;
     const int64_t pieces = size() == 1 ? 1 : std::min<int64_t>(size() * kPiecesPerThread, grains);
     if (pieces <= 1) {
@@ -94,11 +111,14 @@ class Pool {
     for (;;) {
       auto waiting = [&] { return range_of(ticket_.load(std::memory_order_acquire)) == seen; };
       for (int spins = 0; spins < kSpins && waiting(); ++spins) pause();
+      // In a session, still awake, but out of the way of a thread that has work and no core.
+      while (awake_.load(std::memory_order_relaxed) && waiting()) pause(), std::this_thread::yield();
       if (waiting()) {
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1, std::memory_order_release);
-        wake_.wait(lock, [&] { return !waiting(); });
+        wake_.wait(lock, [&] { return !waiting() || awake_; });
         sleepers_.fetch_sub(1, std::memory_order_release);
+        if (waiting()) continue;
       }
       if (stopping_) return;
       seen = take_pieces();
@@ -114,11 +134,14 @@ class Pool {
     stopping_ = false;
   }
 
+  // Whether this thread holds turn_ for a session.
+  static inline thread_local bool in_session_ = false;
+
   std::mutex turn_, sleep_;
   std::condition_variable wake_;
   std::atomic<uint64_t> ticket_{0};
   std::atomic<int> sleepers_{0}, size_{1};
-  std::atomic<bool> stopping_{false};
+  std::atomic<bool> stopping_{false}, awake_{false};
   std::vector<std::thread> workers_;
   // The current range. Atomic because a late thread may read them while the next range is written.
   std::atomic<int64_t> n_{0}, grain_{1}, pieces_{0}, done_{0};
@@ -137,6 +160,10 @@ Pool& pool() {
 void run_range(int64_t n, int64_t grain, RangeFn fn, void* context) { pool().run(n, grain, fn, context); }
 
 int thread_count() { return pool().size(); }
+
+PoolSession::PoolSession() { pool().enter(); }
+
+PoolSession::~PoolSession() { pool().leave(); }
 
 }  // namespace dibit
 

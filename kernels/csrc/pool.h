@@ -15,6 +15,15 @@ void run_range(int64_t n, int64_t grain, RangeFn fn, void* context);
 
 int thread_count();
 
+// While one exists, its thread alone runs ranges, and the workers wait for the next one awake instead of falling asleep.
+class PoolSession {
+ public:
+  PoolSession();
+  ~PoolSession();
+  PoolSession(const PoolSession&) = delete;
+  PoolSession& operator=(const PoolSession&) = delete;
+};
+
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
   run_range(

@@ -9,6 +9,7 @@
 
 #include "isa.h"
 #include "memory.h"
+#include "ops.h"
 #include "pool.h"
 
 namespace dibit {

@@ -1,6 +1,6 @@
 #include <cstdint>
 
-#include "isa.h"
+#include "ops.h"
 #include "pool.h"
 #include "vec_bodies.h"
 

@@ -82,9 +82,7 @@ def test_reading_counts_every_word(isas: tuple[str, ...]) -> None:
         assert total.value == int(data.sum())
 
 
-def test_a_missing_library_is_explained(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_library: None
-) -> None:
+def test_a_missing_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_library: None) -> None:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "_cpu.abi3.so")
     reason = native.unavailable()
     assert reason is not None
@@ -92,9 +90,7 @@ def test_a_missing_library_is_explained(
     assert "make build" in reason
 
 
-def test_a_damaged_library_is_explained(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_library: None
-) -> None:
+def test_a_damaged_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_library: None) -> None:
     damaged = tmp_path / "_cpu.abi3.so"
     damaged.write_bytes(b"\x7fELF" + bytes(60))
     monkeypatch.setattr(native, "LIBRARY", damaged)
@@ -107,7 +103,7 @@ def test_a_library_of_another_version_is_refused(
     isas: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, fresh_library: None
 ) -> None:
     monkeypatch.setattr(native, "ABI_VERSION", 999)
-    assert native.unavailable() == "the C++ kernels are of version 1, not 999; rebuild with `make build`"
+    assert native.unavailable() == "the C++ kernels are of version 2, not 999; rebuild with `make build`"
 
 
 def test_a_refused_call_names_the_entry_point(isas: tuple[str, ...]) -> None:

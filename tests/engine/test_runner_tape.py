@@ -1,0 +1,210 @@
+"""Decode steps replayed from tapes: the tokens and the logits of the ordinary path, bit for bit, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import hf_model, make_request, quantized, token_ids, weights_of
+from torch import Tensor
+
+from dibit.engine import decode_tape, sampler
+from dibit.engine import runner as runner_module
+from dibit.engine.blocks import BlockPool
+from dibit.engine.config import EngineConfig
+from dibit.engine.loader import load_decoder
+from dibit.engine.memory_plan import activation_bytes
+from dibit.engine.models.decoder import Decoder
+from dibit.engine.request import FinishReason, Request
+from dibit.engine.runner import ModelRunner
+from dibit.engine.scheduler import Scheduler
+from dibit.engine.step import Chunk, Step
+from dibit.kernels import native
+from dibit.kernels.formats import Format
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="C++ kernels not built")
+
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 2  # layers, keys and values, kv heads, head size, float16
+
+
+@pytest.fixture(autouse=True)
+def _native_settings() -> Iterator[None]:
+    isa, threads = native.isa(), native.threads()
+    yield
+    native.set_isa(isa)
+    native.set_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def low_bit() -> Decoder:
+    return load_decoder(quantized(weights_of(hf_model()), Format(4, 16)), config=EngineConfig(block_size=4))
+
+
+@dataclass
+class Served:
+    """Logits of every row that was sampled, in the order of its request's tokens."""
+
+    runner: ModelRunner
+    scheduler: Scheduler
+    logits: dict[str, list[Tensor]] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    batches: list[int] = field(default_factory=list)
+
+
+def requests_of(count: int = 6, **params: Any) -> list[Request]:
+    """Prompts and outputs of different lengths, so that batches grow and shrink."""
+    return [
+        make_request(token_ids(3 + 4 * i % 11, seed=i), id=str(i), max_tokens=5 + 7 * i % 19, **params)
+        for i in range(count)
+    ]
+
+
+def serve(decoder: Decoder, requests: list[Request], monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Served:
+    """Runs requests to their ends, one more arriving every third step."""
+    config = EngineConfig(**{"block_size": 4, "max_num_seqs": 5, "threads": 2, **settings})
+    runner = ModelRunner(decoder, config)
+    pool = BlockPool(runner.num_blocks, runner.block_size)
+    served = Served(runner, Scheduler(pool, config))
+
+    def remember(logits: Tensor, asking: list[Request], **known: Any) -> list[Any]:
+        for row, request in zip(logits, asking, strict=True):
+            served.logits.setdefault(request.id, []).append(row.clone())
+        return sampler.sample(logits, asking, **known)
+
+    monkeypatch.setattr(runner_module, "sample", remember)
+    arriving = list(requests)
+    for count in range(1000):
+        if arriving and count % 3 == 0:
+            served.scheduler.add(arriving.pop(0))
+        step = served.scheduler.schedule()
+        if not step.chunks:
+            if arriving:
+                continue
+            break
+        served.batches.append(len(step.chunks))
+        for advance in served.scheduler.commit(step, runner.execute(step)):
+            request = advance.request
+            if request.num_output >= request.max_tokens:
+                served.tokens[request.id] = request.output_ids
+                served.scheduler.finish(request, FinishReason.LENGTH)
+    assert len(served.tokens) == len(requests)
+    return served
+
+
+def same(taped: Served, plain: Served) -> None:
+    assert plain.runner.taped_steps == 0
+    assert taped.tokens == plain.tokens
+    assert taped.logits.keys() == plain.logits.keys()
+    for name, rows in plain.logits.items():
+        assert all(torch.equal(a, b) for a, b in zip(taped.logits[name], rows, strict=True)), name
+    assert taped.runner.taped_steps + taped.runner.untaped_steps == len(taped.batches)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_batches_of_changing_size(threads: int, isa: str, low_bit: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        native.set_isa(isa)
+    except native.NativeError:
+        pytest.skip(f"no {isa} on this machine")
+    plain = serve(low_bit, requests_of(), monkeypatch, tape=False, threads=threads)
+    taped = serve(low_bit, requests_of(), monkeypatch, threads=threads)
+    same(taped, plain)
+    assert len(set(taped.batches)) >= 4
+    assert taped.runner.taped_steps > taped.runner.untaped_steps
+    assert taped.runner.tape_s > 0
+
+
+@pytest.mark.parametrize("formats", [Format(2, 16), Format(3, 16), Format(8, -1)], ids=lambda f: f.name)
+def test_every_width(formats: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hf_model(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)
+    decoder = load_decoder(quantized(weights_of(model), formats), config=EngineConfig(block_size=4))
+    same(
+        taped := serve(decoder, requests_of(3), monkeypatch),
+        serve(decoder, requests_of(3), monkeypatch, tape=False),
+    )
+    assert taped.runner.taped_steps > 5
+
+
+def test_preempted_and_computed_again(low_bit: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"max_model_len": 40, "kv_bytes": 13 * 4 * TOKEN_BYTES}
+    plain = serve(low_bit, requests_of(), monkeypatch, tape=False, **few)
+    taped = serve(low_bit, requests_of(), monkeypatch, **few)
+    assert taped.runner.num_blocks == 13
+    assert taped.scheduler.num_preemptions > 0
+    same(taped, plain)
+
+
+@pytest.mark.parametrize("kv_type", ["float32", "bfloat16"])
+def test_sampled_and_scored_rows(kv_type: str, low_bit: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "logprobs": 2, "repetition_penalty": 1.2}
+    plain = serve(low_bit, requests_of(4, **params), monkeypatch, tape=False, kv_type=kv_type)
+    taped = serve(low_bit, requests_of(4, **params), monkeypatch, kv_type=kv_type)
+    same(taped, plain)
+
+
+def test_what_is_no_decode_step_runs_op_by_op(low_bit: Decoder) -> None:
+    runner = ModelRunner(low_bit, EngineConfig(block_size=4, max_num_seqs=2, threads=1))
+    ids = token_ids(3)
+    scored = make_request(ids, id="scored", prompt_logprobs=0)
+    scored.block_ids = [0, 1]
+    result = runner.execute(Step((Chunk(scored, 0, 1),)))
+    assert [entry.token_id for entry in result.prompt_logprobs["scored"]] == ids[1:2]
+    result = runner.execute(Step((Chunk(scored, 1, 1),)))
+    assert [entry.token_id for entry in result.prompt_logprobs["scored"]] == ids[2:]
+    assert (runner.taped_steps, runner.untaped_steps) == (0, 2)
+    runner.execute(Step((Chunk(scored, 2, 1),)))
+    assert (runner.taped_steps, runner.untaped_steps) == (1, 2)
+    others = [make_request(token_ids(1, seed=i), id=str(i)) for i in range(3)]
+    for i, request in enumerate(others):
+        request.block_ids = [2 + i]
+    chunks = tuple(Chunk(request, 0, 1) for request in others)
+    assert set(runner.execute(Step(chunks)).sampled) == {"0", "1", "2"}
+    assert (runner.taped_steps, runner.untaped_steps) == (1, 3)
+    assert set(runner.execute(Step(chunks[:2])).sampled) == {"0", "1"}
+    assert (runner.taped_steps, runner.untaped_steps) == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["float weights", "float head"])
+def test_a_model_with_torch_ops_has_no_tape(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of(hf_model())
+    if kind == "float head":
+        weights = quantized(weights, Format(4, 16))
+    decoder = load_decoder(weights, config=EngineConfig(block_size=4, head_bits=16))
+    plain = serve(decoder, requests_of(3), monkeypatch, tape=False)
+    other = serve(decoder, requests_of(3), monkeypatch)
+    assert other.runner.taped_steps == 0
+    same(other, plain)
+
+
+def test_a_refused_op_is_named_and_the_next_step_is_fine(low_bit: Decoder) -> None:
+    runner = ModelRunner(low_bit, EngineConfig(block_size=4, max_num_seqs=2, threads=1))
+    request = make_request(token_ids(1))
+    request.block_ids = [3, 1]
+    expected = runner.execute(Step((Chunk(request, 0, 1),)))
+    request.block_ids = [runner.num_blocks, 1]
+    with pytest.raises(native.NativeError, match=r"dibit_rope_kv_write .*op 4 of a tape"):
+        runner.execute(Step((Chunk(request, 0, 1),)))
+    request.block_ids = [3, 1]
+    assert runner.execute(Step((Chunk(request, 0, 1),))) == expected
+    assert runner.taped_steps == 2
+
+
+def test_few_tapes_are_kept(low_bit: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = serve(low_bit, requests_of(), monkeypatch, tape=False)
+    monkeypatch.setattr(decode_tape, "MAX_TAPES", 2)
+    taped = serve(low_bit, requests_of(), monkeypatch)
+    same(taped, plain)
+    tapes = taped.runner._tapes
+    assert tapes is not None
+    assert sum(count in tapes for count in range(1, 6)) == 2
+
+
+def test_the_memory_plan_has_room_for_the_workspace(low_bit: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve(low_bit, requests_of(), monkeypatch)
+    tapes, config = served.runner._tapes, served.runner.config
+    assert tapes is not None
+    assert 0 < tapes.workspace.nbytes < activation_bytes(low_bit.sizes, config, max_model_len=128)
