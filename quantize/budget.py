@@ -29,7 +29,6 @@ from dibit.kernels.formats import BITS, PER_CHANNEL, Format
 from dibit.quantize.importance import IMPORTANCES, Importance, ImportanceKind
 from dibit.quantize.plan import Plan
 
-
 SAMPLES = 16
 MEASURED_SAMPLES = 4
 

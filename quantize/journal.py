@@ -17,6 +17,7 @@ from dibit.engine.errors import ConfigError
 from dibit.quantize.report import SiteReport
 
 JOURNAL_NAME = "quantize_journal.jsonl"
+MAX_SHOWN = 100
 
 
 class Journal:
@@ -74,8 +75,16 @@ def _plain(reports: Sequence[SiteReport]) -> list[dict[str, Any]]:
 def _check_same(found: Mapping[str, Any], settings: Mapping[str, Any], directory: Path) -> None:
     different = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
     if different:
-        changes = "; ".join(f"{key}: {found.get(key)} then, {settings.get(key)} now" for key in different)
+        changes = "; ".join(
+            f"{key}: {_short(found.get(key))} then, {_short(settings.get(key))} now" for key in different
+        )
         raise ConfigError(
             f"{directory} holds an interrupted run with other settings ({changes}); "
             "repeat the call with those to continue it, or delete the directory to begin anew"
         )
+
+
+def _short(value: Any) -> str:
+    """A plan or the scores of many blocks would drown the rest of the message."""
+    text = str(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
