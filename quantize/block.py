@@ -3,6 +3,12 @@
 The order inside a block is that of the computation (qkv, o, gate_up, down), so the statistics of a site include the
 errors of everything before it, those of the same block too. A method that works on whole blocks (`BlockMethod`) gets
 the block and both streams instead, and none of this happens for it.
+
+A block method may also change the block's other floats, its two norms and the biases of its sites: it returns them in
+`QuantizedBlock` beside the weights. They are rounded to `BlockJob.float_type`, the type in which the source stores its
+norms and biases, before anything else sees them (float32 where that type cannot hold a value), written in place of
+the source's, and read back when a run is continued. A method that folds scales into a norm takes the rounding into
+account by folding for that type (fold.py): the scale that is left after it goes into the columns.
 """
 
 from __future__ import annotations
@@ -10,10 +16,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import ClassVar, NoReturn, Protocol, cast, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,11 +30,15 @@ from dibit.engine.models.spec import LinearSite
 from dibit.kernels.formats import Format, QTensor, dequantize
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.plan import part_formats
-from dibit.quantize.report import SiteReport
+from dibit.quantize.report import SiteReport, TrainingReport
 from dibit.quantize.stats import HessianSum, Method, Need, SiteFailure, Stats, output_error
 from dibit.quantize.streams import HiddenStates
 
 logger = logging.getLogger(__name__)
+
+
+def _silent(note: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class BlockJob:
     cos, sin      rotary tables [length, D/2]
     batch         segments that go through the block at a time
     seed          for anything random, together with `layer`
+    float_type    type in which changed norms and biases will be stored
+    tell          takes a note on how far it is, for whoever is watching
     """
 
     layer: int
@@ -64,6 +76,39 @@ class BlockJob:
     sin: Tensor
     batch: int
     seed: int
+    float_type: torch.dtype = torch.float32
+    tell: Callable[[str], None] = _silent
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """What a method over whole blocks came to.
+
+    weights    of every site, by site name
+    attn_norm, mlp_norm  new norms [hidden]; None: as they were
+    biases     new biases [N] by site name, where they changed
+    method     the method that chose the weights, where that is not the one asked for, and
+    fallback   the reason; None otherwise
+    training   how the training went; None without any
+    """
+
+    weights: Mapping[str, QTensor]
+    attn_norm: Tensor | None = None
+    mlp_norm: Tensor | None = None
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    method: str | None = None
+    fallback: str | None = None
+    training: TrainingReport | None = None
+
+    @classmethod
+    def folded(cls, job: BlockJob, block: Block, weights: Mapping[str, QTensor], **facts: Any) -> QuantizedBlock:
+        """With the norms and biases of `block`, a changed copy of the job's, and other fields as `facts`."""
+        biases = {}
+        for site in job.sites:
+            bias = cast(FloatLinear, block.linears[site.key]).bias
+            if bias is not None and bias is not cast(FloatLinear, job.block.linears[site.key]).bias:
+                biases[site.name] = bias
+        return cls(weights, attn_norm=block.attn_norm, mlp_norm=block.mlp_norm, biases=biases, **facts)
 
 
 @runtime_checkable
@@ -75,36 +120,112 @@ class BlockMethod(Protocol):
     @property
     def symmetric(self) -> bool: ...
 
-    def quantize_block(self, job: BlockJob) -> dict[str, QTensor]:
-        """A weight for every site, by site name."""
+    def quantize_block(self, job: BlockJob) -> QuantizedBlock:
+        """Raises SiteFailure; the block is then rounded to nearest as a whole, and the report says so."""
         ...
+
+
+@dataclass(frozen=True)
+class Results:
+    """A quantized block: its sites, the names of its floats that changed (as in `Changed`), and the training."""
+
+    sites: list[Result]
+    changed: Changed
+    training: TrainingReport | None = None
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Floats of a block that differ from the source's: by "attn_norm" and "mlp_norm", and by site name for biases."""
+
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def put(self, block: Block, sites: Sequence[LinearSite]) -> None:
+        """From now on the block computes with them."""
+        for name, norm in self.norms.items():
+            setattr(block, name, norm.float())
+        for site in sites:
+            if site.name in self.biases:
+                linear = cast(FloatLinear, block.linears[site.key])
+                block.linears[site.key] = FloatLinear(linear.weight, self.biases[site.name].float())
 
 
 def quantize_block(
     job: BlockJob, method: Method | BlockMethod, *, name: str, progress: Callable[[str], None]
-) -> list[Result]:
+) -> Results:
     """Quantize every site of the block and put the quantized weights into `job.block`.
 
-    `name` is the method's, for the report; `progress(site name)` is called before each site.
+    `name` is the method's, for the report; `progress(site name)` is called before each site. Raises CheckpointError
+    when a weight is not finite.
     """
     if isinstance(method, BlockMethod):
         progress(f"layers.{job.layer}")
-        begun = time.monotonic()
-        found = method.quantize_block(job)
-        share = (time.monotonic() - begun) / len(job.sites)
-        results = []
-        for site in job.sites:
-            parts = split(site, found[site.name])
-            report = site_report(site, parts, _weight(job.block, site), name=name, seconds=share)
-            results.append(Result(parts, report))
-        for site, result in zip(job.sites, results, strict=True):
-            replace_weight(job.block, site, result.parts)
-        return results
+        return _quantize_whole(job, method, name)
     results = []
     for site in job.sites:
         progress(site.name)
         results.append(_quantize_in_place(job, site, method, name))
-    return results
+    return Results(results, Changed())
+
+
+def _quantize_whole(job: BlockJob, method: BlockMethod, name: str) -> Results:
+    begun = time.monotonic()
+    for site in job.sites:
+        _check_finite(_weight(job.block, site), site)
+    try:
+        found = method.quantize_block(job)
+        _check_scales(found.weights.values())
+        changed = _changed(job, found)
+    except SiteFailure as failure:
+        logger.warning("layers.%d is rounded to nearest instead: %s", job.layer, failure)
+        found, changed = rounded_block(job, symmetric=method.symmetric, reason=str(failure)), Changed()
+    share = (time.monotonic() - begun) / len(job.sites)
+    results = []
+    for site in job.sites:
+        parts = split(site, found.weights[site.name])
+        report = site_report(
+            site, parts, _weight(job.block, site), name=found.method or name, seconds=share, fallback=found.fallback
+        )
+        results.append(Result(parts, report))
+    changed.put(job.block, job.sites)
+    for site, result in zip(job.sites, results, strict=True):
+        replace_weight(job.block, site, result.parts)
+    return Results(results, changed, found.training)
+
+
+def rounded_block(job: BlockJob, *, symmetric: bool, reason: str) -> QuantizedBlock:
+    """The block rounded to nearest, because of `reason`."""
+    rtn = RTN(symmetric=symmetric)
+    weights = {site.name: rtn.quantize(_weight(job.block, site), job.formats[site.name], Stats()) for site in job.sites}
+    return QuantizedBlock(weights, method="rtn", fallback=reason)
+
+
+def _changed(job: BlockJob, found: QuantizedBlock) -> Changed:
+    norms = {"attn_norm": found.attn_norm, "mlp_norm": found.mlp_norm}
+    return Changed(
+        {name: _stored(norm, job.float_type) for name, norm in norms.items() if norm is not None},
+        {name: _stored(bias, job.float_type) for name, bias in found.biases.items()},
+    )
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not bool(x.isfinite().all()):
+        raise SiteFailure("a norm or bias is not finite")
+    rounded = x.detach().to(dtype)
+    return rounded if bool(rounded.isfinite().all()) else x.detach().float()
+
+
+def _check_finite(w: Tensor, site: LinearSite) -> None:
+    if not bool(torch.isfinite(w).all()):
+        raise CheckpointError(
+            f"the weight of {site.name} is not finite (NaN or infinity); the checkpoint is damaged, download it again"
+        )
+
+
+def _check_scales(weights: Iterable[QTensor]) -> None:
+    if not all(bool(torch.isfinite(w.scales).all()) for w in weights):
+        raise SiteFailure("its scales are not finite")
 
 
 def _quantize_in_place(job: BlockJob, site: LinearSite, method: Method, name: str) -> Result:
@@ -112,7 +233,8 @@ def _quantize_in_place(job: BlockJob, site: LinearSite, method: Method, name: st
     stats = collect(job, site) if "hessian" in method.needs else Stats()
     w = _weight(job.block, site)
     parts, fallback = quantize_site(w, site, part_formats(site, job.formats), stats, method)
-    report = site_report(site, parts, w, name=name, fallback=fallback, stats=stats, seconds=time.monotonic() - begun)
+    used = name if fallback is None else "rtn"
+    report = site_report(site, parts, w, name=used, fallback=fallback, stats=stats, seconds=time.monotonic() - begun)
     replace_weight(job.block, site, parts)
     return Result(parts, report)
 
@@ -125,14 +247,10 @@ def quantize_site(
     formats  one for each part
     Raises CheckpointError when `w` is not finite.
     """
-    if not bool(torch.isfinite(w).all()):
-        raise CheckpointError(
-            f"the weight of {site.name} is not finite (NaN or infinity); the checkpoint is damaged, download it again"
-        )
+    _check_finite(w, site)
     try:
         parts = _apply(method, w, site, formats, stats)
-        if not all(bool(torch.isfinite(part.scales).all()) for part in parts):
-            raise SiteFailure("its scales are not finite")
+        _check_scales(parts)
     except SiteFailure as failure:
         logger.warning("%s is rounded to nearest instead: %s", site.name, failure)
         return _apply(RTN(symmetric=method.symmetric), w, site, formats, Stats()), str(failure)
@@ -167,14 +285,14 @@ def site_report(
     fallback: str | None = None,
     stats: Stats | None = None,
 ) -> SiteReport:
-    """Errors of the quantized `parts` against `w` [N, K]."""
+    """Errors of the quantized `parts` against `w` [N, K]; `name` is the method that chose them."""
     delta = _joined(parts) - w
     squared, norm = _squared(delta), _squared(w)
     hessian = stats.hessian if stats is not None else None
     return SiteReport(
         site=site.name,
         format="+".join(dict.fromkeys(part.format.name for part in parts)),
-        method=name if fallback is None else "rtn",
+        method=name,
         fallback=fallback,
         weight_mse=squared / w.numel(),
         weight_error=squared / norm if norm else math.nan,

@@ -9,14 +9,40 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dibit.engine.errors import ConfigError
-from dibit.quantize.report import SiteReport
+from dibit.quantize.report import SiteReport, TrainingReport
 
 JOURNAL_NAME = "quantize_journal.jsonl"
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """What is noted of a block.
+
+    sites     their reports
+    floats    checksums, by name, of norms and biases that were written in place of the source's
+    training  how the training went; None without any
+    """
+
+    sites: tuple[SiteReport, ...]
+    floats: Mapping[str, int] = field(default_factory=dict)
+    training: TrainingReport | None = None
+
+    @classmethod
+    def from_line(cls, line: Mapping[str, Any]) -> FinishedBlock:
+        training = line["training"]
+        return cls(
+            tuple(SiteReport(**site) for site in line["sites"]),
+            line["floats"],
+            None if training is None else TrainingReport.from_dict(training),
+        )
+
+
 MAX_SHOWN = 100
 
 
@@ -28,24 +54,24 @@ class Journal:
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
         self.path = directory / JOURNAL_NAME
-        self.blocks: dict[int, tuple[SiteReport, ...]] = {}
+        self.blocks: dict[int, FinishedBlock] = {}
         settings = json.loads(json.dumps(settings))
         lines = _lines(self.path)
         if lines:
             _check_same(lines[0], settings, directory)
             for line in lines[1:]:
-                self.blocks[line["layer"]] = tuple(SiteReport(**site) for site in line["sites"])
+                self.blocks[line["layer"]] = FinishedBlock.from_line(line)
         # Rewritten rather than appended to, so that a line cut short does not stay in front of the next one.
-        kept = [settings, *({"layer": i, "sites": _plain(reports)} for i, reports in self.blocks.items())]
+        kept = [settings, *(_line(layer, block) for layer, block in self.blocks.items())]
         aside = self.path.with_suffix(".new")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         aside.replace(self.path)
 
-    def add(self, layer: int, reports: Sequence[SiteReport]) -> None:
-        """Note the sites of a block; on disk when this returns."""
-        self.blocks[layer] = tuple(reports)
+    def add(self, layer: int, block: FinishedBlock) -> None:
+        """Note a block; on disk when this returns."""
+        self.blocks[layer] = block
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"layer": layer, "sites": _plain(reports)}) + "\n")
+            file.write(json.dumps(_line(layer, block)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -68,8 +94,8 @@ def _lines(path: Path) -> list[Any]:
     return lines
 
 
-def _plain(reports: Sequence[SiteReport]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(report) for report in reports]
+def _line(layer: int, block: FinishedBlock) -> dict[str, Any]:
+    return {"layer": layer, **dataclasses.asdict(block)}
 
 
 def _check_same(found: Mapping[str, Any], settings: Mapping[str, Any], directory: Path) -> None:

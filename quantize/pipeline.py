@@ -127,6 +127,8 @@ def quantize_checkpoint(
                     writer.directory,
                 )
                 raise
+            layers = range(task.sizes.layers)
+            trains = any(block.training is not None for block in output.journal.blocks.values())
             report = QuantizeReport(
                 model=model,
                 source=str(checkpoint.path),
@@ -139,7 +141,8 @@ def quantize_checkpoint(
                 calibration=None if text is None else {"text": str(text.text), **settings["calibration"]},
                 seed=seed,
                 threads=torch.get_num_threads(),
-                sites=tuple(site for layer in range(task.sizes.layers) for site in output.journal.blocks[layer]),
+                sites=tuple(site for layer in layers for site in output.journal.blocks[layer].sites),
+                training=tuple(output.journal.blocks[layer].training for layer in layers if trains),
                 resumed_blocks=output.resumed,
                 seconds=time.monotonic() - begun,
                 block_seconds=tuple(output.block_seconds),

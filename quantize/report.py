@@ -19,7 +19,7 @@ class SiteReport:
 
     site          its name, e.g. "layers.3.qkv"
     format        e.g. "int4-g64"
-    method        what chose its integers: the run's method, or "rtn" where that failed
+    method        what chose its integers: the run's method, or what took its place where that failed
     fallback      why it failed, else None
     weight_mse    mean squared error of the weight
     weight_error  squared error of the weight over its squared norm
@@ -38,6 +38,40 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class TrainingReport:
+    """How the training of a block went. Losses are mean squared errors of the block's output.
+
+    steps       that were made, without those skipped
+    losses      of the training batches: (step, mean since the entry before)
+    validation  on the held-out text: (step, loss), from step 0 on
+    best_step   whose state was kept
+    baseline    loss on the held-out text of the block rounded to nearest
+    skipped     steps whose loss or gradient was not finite
+    restarts    times the training began anew at half the rates
+    notes       what else happened
+    seconds     time it took
+    tokens_per_s  tokens trained on per second, evaluations left out
+    """
+
+    steps: int
+    losses: tuple[tuple[int, float], ...]
+    validation: tuple[tuple[int, float], ...]
+    best_step: int
+    baseline: float
+    skipped: int
+    restarts: int
+    notes: tuple[str, ...]
+    seconds: float
+    tokens_per_s: float
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainingReport:
+        """Inverse of dataclasses.asdict, also after JSON."""
+        curves = {key: tuple((step, loss) for step, loss in data[key]) for key in ("losses", "validation")}
+        return cls(**{**data, **curves, "notes": tuple(data["notes"])})
+
+
+@dataclass(frozen=True)
 class QuantizeReport:
     """A finished run.
 
@@ -51,6 +85,7 @@ class QuantizeReport:
     seed               of the calibration draw and of the method
     threads            compute threads: another number may change the last bits of a calibrated result
     sites              every site in order
+    training           of every block, for a method that trains; else empty
     resumed_blocks     blocks taken over from an interrupted run
     seconds, block_seconds  of this run, and of each block that it computed
     peak_rss_bytes     peak resident memory of the process
@@ -69,6 +104,7 @@ class QuantizeReport:
     seed: int
     threads: int
     sites: tuple[SiteReport, ...]
+    training: tuple[TrainingReport | None, ...]
     resumed_blocks: int
     seconds: float
     block_seconds: tuple[float, ...]
@@ -95,11 +131,17 @@ class QuantizeReport:
         outputs = [s.output_error for s in self.sites if s.output_error is not None]
         if outputs:
             lines.append(f"relative output error on the calibration text: mean {_mean(outputs):.2e}")
+        trained = [block for block in self.training if block is not None]
+        if trained:
+            ratios = [min(loss for _, loss in b.validation) / b.baseline for b in trained if b.baseline]
+            lines.append(f"held-out block error over that of rounding to nearest: mean {_mean(ratios):.3f}")
         if self.resumed_blocks:
             lines.append(f"{self.resumed_blocks} blocks were taken over from an interrupted run")
         if self.fallbacks:
             named = ", ".join(site.site for site in self.fallbacks[:4])
-            lines.append(f"{len(self.fallbacks)} sites were rounded to nearest instead ({named}): see {REPORT_NAME}")
+            ways = {"rtn": "rounded to nearest"}
+            how = " or ".join(dict.fromkeys(ways.get(s.method, f"quantized by {s.method}") for s in self.fallbacks))
+            lines.append(f"{len(self.fallbacks)} sites were {how} instead ({named}): see {REPORT_NAME}")
         return "\n".join(lines)
 
     def write(self, directory: Path) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from dibit.engine.checkpoint import Checkpoint, CheckpointWriter
-from dibit.engine.models.decoder import load_embedding, load_float_block
-from dibit.engine.models.spec import Arch, LinearSite, Sizes, float_shapes
+from dibit.engine.models.decoder import Block, load_embedding, load_float_block
+from dibit.engine.models.spec import Arch, LinearSite, Sizes, float_shapes, norm_names
 from dibit.engine.models.weights import read_float_site
 from dibit.kernels.formats import Format, QTensor
 from dibit.quantize.block import (
     BlockJob,
     BlockMethod,
+    Changed,
     advance,
     quantize_block,
     quantize_site,
@@ -24,9 +30,8 @@ from dibit.quantize.block import (
 )
 from dibit.quantize.budget import Allocation
 from dibit.quantize.calibration import Segments
-from dibit.quantize.journal import Journal
+from dibit.quantize.journal import FinishedBlock, Journal
 from dibit.quantize.plan import Plan, part_formats
-from dibit.quantize.report import SiteReport
 from dibit.quantize.stats import Method, Stats
 from dibit.quantize.streams import HiddenStates, StreamConfig
 
@@ -73,6 +78,11 @@ class Output:
     def __init__(self, task: Task, writer: CheckpointWriter, journal: Journal, progress: Progress | None) -> None:
         self.writer, self.journal = writer, journal
         self._layers, self._progress = task.sizes.layers, progress
+        self._blocks = task.blocks
+        self._norm_names = [
+            dict(zip(("attn_norm", "mlp_norm"), norm_names(task.arch, layer), strict=True))
+            for layer in range(task.sizes.layers)
+        ]
         self.block_seconds: list[float] = []
         self.resumed = next(
             (layer for layer, block in enumerate(task.blocks) if not self._whole(layer, block)), self._layers
@@ -80,7 +90,14 @@ class Output:
 
     def _whole(self, layer: int, block: Sequence[LinearSite]) -> bool:
         parts = [part for site in block for part in site.parts]
-        return layer in self.journal.blocks and all(self.writer.has_module(part.module) for part in parts)
+        return (
+            layer in self.journal.blocks
+            and all(self.writer.has_module(part.module) for part in parts)
+            and all(
+                self.writer.has(name) and checksum(self.writer.tensor(name)) == crc
+                for name, crc in self.journal.blocks[layer].floats.items()
+            )
+        )
 
     def add_floats(self, task: Task) -> None:
         """Everything that is not quantized: embedding, norms, head, biases."""
@@ -98,9 +115,31 @@ class Output:
         """The parts of a site of a block that an earlier run finished."""
         return tuple(self.writer.module(part.module) for part in site.parts)
 
-    def close_block(self, layer: int, reports: Sequence[SiteReport], *, begun: float) -> None:
+    def add_changed(self, layer: int, changed: Changed) -> dict[str, int]:
+        """Write floats of a block in place of the source's: their names in the checkpoint, and checksums."""
+        tensors = {self._norm_names[layer][name]: norm for name, norm in changed.norms.items()}
+        for site in self._blocks[layer]:
+            if site.name in changed.biases:
+                rows = torch.split(changed.biases[site.name], [part.n for part in site.parts])
+                tensors.update((f"{part.module}.bias", own) for part, own in zip(site.parts, rows, strict=True))
+        for name, tensor in tensors.items():
+            self.writer.add_float(name, tensor)
+        return {name: checksum(tensor) for name, tensor in tensors.items()}
+
+    def read_changed(self, layer: int) -> Changed:
+        """Floats of a block that an earlier run finished and that differ from the source's."""
+        found = self.journal.blocks[layer].floats
+        norms = {key: self.writer.tensor(name) for key, name in self._norm_names[layer].items() if name in found}
+        biases = {
+            site.name: torch.cat([self.writer.tensor(f"{part.module}.bias") for part in site.parts])
+            for site in self._blocks[layer]
+            if f"{site.parts[0].module}.bias" in found
+        }
+        return Changed(norms, biases)
+
+    def close_block(self, layer: int, done: FinishedBlock, *, begun: float) -> None:
         """The block is complete on disk when this returns."""
-        self.journal.add(layer, reports)
+        self.journal.add(layer, done)
         self.writer.flush()
         self.block_seconds.append(time.monotonic() - begun)
         left_s = sum(self.block_seconds) / len(self.block_seconds) * (self._layers - layer - 1)
@@ -123,9 +162,10 @@ def data_free(task: Task, output: Output, method: Method) -> None:
             w = read_float_site(task.checkpoint, site)
             parts, fallback = quantize_site(w, site, part_formats(site, task.formats), Stats(), method)
             seconds = time.monotonic() - started
-            reports.append(site_report(site, parts, w, name=task.name, seconds=seconds, fallback=fallback))
+            used = task.name if fallback is None else "rtn"
+            reports.append(site_report(site, parts, w, name=used, seconds=seconds, fallback=fallback))
             output.add_site(site, parts)
-        output.close_block(layer, reports, begun=begun)
+        output.close_block(layer, FinishedBlock(tuple(reports)), begun=begun)
 
 
 def calibrated(task: Task, output: Output, segments: Segments, *, directory: Path) -> None:
@@ -141,12 +181,13 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
     for layer, sites in enumerate(task.blocks):
         begun = time.monotonic()
         block = load_float_block(task.checkpoint, task.arch, task.sizes, layer)
-        floats = dict(block.linears)
-        reports: list[SiteReport] = []
+        floats = Block(task.sizes, linears=dict(block.linears), attn_norm=block.attn_norm, mlp_norm=block.mlp_norm)
+        done = None
         if layer < output.resumed:
             output.tell(layer, f"layers.{layer}, finished before")
             for site in sites:
                 replace_weight(block, site, output.read_site(site))
+            output.read_changed(layer).put(block, sites)
         else:
             job = BlockJob(
                 layer=layer,
@@ -159,19 +200,28 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
                 sin=sin,
                 batch=batch,
                 seed=task.seed,
+                float_type=_float_type(task, sites, layer),
+                tell=partial(output.tell, layer),
             )
             results = quantize_block(job, task.method, name=task.name, progress=partial(output.tell, layer))
-            for site, result in zip(sites, results, strict=True):
+            for site, result in zip(sites, results.sites, strict=True):
                 output.add_site(site, result.parts)
-            reports = [result.report for result in results]
+            changed = output.add_changed(layer, results.changed)
+            done = FinishedBlock(tuple(result.report for result in results.sites), changed, results.training)
             del results, job
         if layer + 1 < task.sizes.layers:
             advance(quantized, block, cos, sin, batch=batch)
             if float_stream is not None:
-                block.linears.update(floats)
-                advance(float_stream, block, cos, sin, batch=batch)
-        if layer >= output.resumed:
-            output.close_block(layer, reports, begun=begun)
+                advance(float_stream, floats, cos, sin, batch=batch)
+        if done is not None:
+            output.close_block(layer, done, begun=begun)
+
+
+def _float_type(task: Task, sites: Sequence[LinearSite], layer: int) -> torch.dtype:
+    """The type in which the source's norms and biases of a block are exported, the wider one where they differ."""
+    names = [*norm_names(task.arch, layer)]
+    names += [f"{part.module}.bias" for site in sites if site.bias for part in site.parts]
+    return functools.reduce(torch.promote_types, [task.checkpoint.export(name).dtype for name in names])
 
 
 def _embedded(task: Task, segments: Segments, directory: Path) -> HiddenStates:
@@ -181,6 +231,11 @@ def _embedded(task: Task, segments: Segments, directory: Path) -> HiddenStates:
     for i in range(samples):
         stream.write(i, embedding[segments.tokens[i : i + 1]])
     return stream
+
+
+def checksum(tensor: Tensor) -> int:
+    """Of the bytes and the type."""
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes() + str(tensor.dtype).encode())
 
 
 def duration(seconds: float) -> str:

@@ -120,6 +120,10 @@ class CheckpointWriter:
             source=str(self.directory),
         )
 
+    def tensor(self, name: str) -> Tensor:
+        """A float tensor that was added, read back."""
+        return self._read(name)
+
     def flush(self) -> None:
         """Everything added so far is on disk, and is found again by a later run, when this returns."""
         if not self._pending:

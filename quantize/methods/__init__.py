@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dibit.engine.errors import ConfigError
+from dibit.quantize.block import BlockMethod
 from dibit.quantize.methods.gptq import GPTQ
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.stats import Method
 
-METHODS: dict[str, type[Method]] = {"rtn": RTN, "gptq": GPTQ}
+METHODS: dict[str, type[Method] | type[BlockMethod]] = {"rtn": RTN, "gptq": GPTQ}
 
 
-def make_method(name: str, options: Mapping[str, Any]) -> Method:
+def make_method(name: str, options: Mapping[str, Any]) -> Method | BlockMethod:
     """The method `name` with `options` as its fields. Raises ConfigError for an unknown name or option."""
     if name not in METHODS:
         raise ConfigError(f"quantization method {name!r}; supported: {', '.join(METHODS)}")
@@ -23,5 +24,5 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ConfigError(f"method {name} has no option {', '.join(unknown)}; it has: {', '.join(known)}")
-    method: Method = kind(**options)
+    method: Method | BlockMethod = kind(**options)
     return method

@@ -22,7 +22,7 @@ from dibit.engine.checkpoint import open_checkpoint
 from dibit.engine.errors import CheckpointError, ConfigError, UserError
 from dibit.kernels.formats import Format, QTensor, concat_rows, dequantize
 from dibit.quantize import quantize_checkpoint
-from dibit.quantize.block import BlockJob
+from dibit.quantize.block import BlockJob, QuantizedBlock
 from dibit.quantize.calibration import Calibration, load_segments
 from dibit.quantize.methods.gptq import GPTQ
 from dibit.quantize.methods.rtn import RTN
@@ -348,7 +348,7 @@ class Watching:
     symmetric: bool = False
     seen: list[tuple[Tensor, Tensor]] = None  # type: ignore[assignment]
 
-    def quantize_block(self, job: BlockJob) -> dict[str, QTensor]:
+    def quantize_block(self, job: BlockJob) -> QuantizedBlock:
         assert job.float_stream is not None
         self.seen.append(
             (
@@ -360,7 +360,7 @@ class Watching:
         for site in job.sites:
             w: Any = job.block.linears[site.key]
             found[site.name] = RTN().quantize(w.weight, job.formats[site.name], Stats())
-        return found
+        return QuantizedBlock(found)
 
 
 @torch.no_grad()
