@@ -87,6 +87,7 @@ class QuantizedBlock:
     weights    of every site, by site name
     attn_norm, mlp_norm  new norms [hidden]; None: as they were
     biases     new biases [N] by site name, where they changed
+    floats     float weights by site name that the weights were chosen for, where folding changed them: for the report
     method     the method that chose the weights, where that is not the one asked for, and
     fallback   the reason; None otherwise
     training   how the training went; None without any
@@ -96,19 +97,21 @@ class QuantizedBlock:
     attn_norm: Tensor | None = None
     mlp_norm: Tensor | None = None
     biases: Mapping[str, Tensor] = field(default_factory=dict)
+    floats: Mapping[str, Tensor] = field(default_factory=dict)
     method: str | None = None
     fallback: str | None = None
     training: TrainingReport | None = None
 
     @classmethod
     def folded(cls, job: BlockJob, block: Block, weights: Mapping[str, QTensor], **facts: Any) -> QuantizedBlock:
-        """With the norms and biases of `block`, a changed copy of the job's, and other fields as `facts`."""
+        """With the norms, biases and float weights of `block`, a changed copy of the job's, and others as `facts`."""
         biases = {}
         for site in job.sites:
             bias = cast(FloatLinear, block.linears[site.key]).bias
             if bias is not None and bias is not cast(FloatLinear, job.block.linears[site.key]).bias:
                 biases[site.name] = bias
-        return cls(weights, attn_norm=block.attn_norm, mlp_norm=block.mlp_norm, biases=biases, **facts)
+        floats = {site.name: _weight(block, site) for site in job.sites}
+        return cls(weights, block.attn_norm, block.mlp_norm, biases, floats, **facts)
 
 
 @runtime_checkable
@@ -184,9 +187,8 @@ def _quantize_whole(job: BlockJob, method: BlockMethod, name: str) -> Results:
     results = []
     for site in job.sites:
         parts = split(site, found.weights[site.name])
-        report = site_report(
-            site, parts, _weight(job.block, site), name=found.method or name, seconds=share, fallback=found.fallback
-        )
+        w = found.floats.get(site.name, _weight(job.block, site))
+        report = site_report(site, parts, w, name=found.method or name, seconds=share, fallback=found.fallback)
         results.append(Result(parts, report))
     changed.put(job.block, job.sites)
     for site, result in zip(job.sites, results, strict=True):
