@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dibit.kernels.formats import Format, QTensor
 
-Need = Literal["hessian", "float_stream"]
+Need = Literal["hessian", "float_stream", "inputs"]
 
 # A Hessian this small costs nothing to sum in float64, and small models have the worst conditioned ones.
 FLOAT64_BELOW_COLUMNS = 1024

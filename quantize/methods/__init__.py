@@ -8,11 +8,12 @@ from typing import Any
 
 from dibit.engine.errors import ConfigError
 from dibit.quantize.block import BlockMethod
+from dibit.quantize.methods.awq import AWQ
 from dibit.quantize.methods.gptq import GPTQ
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.stats import Method
 
-METHODS: dict[str, type[Method] | type[BlockMethod]] = {"rtn": RTN, "gptq": GPTQ}
+METHODS: dict[str, type[Method] | type[BlockMethod]] = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ}
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method | BlockMethod:
