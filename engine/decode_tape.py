@@ -11,11 +11,11 @@ max_seqs rows, and MAX_TAPES tapes of some ten words per op.
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,18 +56,18 @@ class DecodeTapes:
     ) -> None:
         self.decoder = decoder
         self.cache = cache
+        self._block_size = cache.block_size
         self.max_seqs = max_seqs
         self.refusal: str | None = None
         self.workspace = Workspace(max_seqs)
         self._cos, self._sin = cos, sin
         self._captured: OrderedDict[int, _Captured] = OrderedDict()
-        width = -(-max_model_len // cache.block_size)
-        self._tokens = np.zeros(max_seqs, dtype=np.int64)
-        self._positions = np.zeros(max_seqs, dtype=np.int64)
-        self._slots = np.zeros(max_seqs, dtype=np.int64)
-        self._cu_seqlens = np.arange(max_seqs + 1, dtype=np.int32)
-        self._seq_lens = np.zeros(max_seqs, dtype=np.int32)
-        self._tables = np.zeros((max_seqs, width), dtype=np.int32)
+        self._width = -(-max_model_len // cache.block_size)
+        # Arrays of plain numbers: an element is written in a tenth of the time that numpy or torch take.
+        self._tokens, self._positions, self._slots = (array("q", bytes(8 * max_seqs)) for _ in range(3))
+        self._cu_seqlens = array("i", range(max_seqs + 1))
+        self._seq_lens = array("i", bytes(4 * max_seqs))
+        self._tables = array("i", bytes(4 * max_seqs * self._width))
         self._written: list[list[int]] = [[] for _ in range(max_seqs)]
 
     def __contains__(self, count: int) -> bool:
@@ -84,30 +84,29 @@ class DecodeTapes:
         return captured.decoded
 
     def _fill(self, chunks: Sequence[Chunk]) -> None:
-        count, size, width = len(chunks), self.cache.block_size, self._tables.shape[1]
-        starts = [chunk.start for chunk in chunks]
-        self._tokens[:count] = [chunk.request.token_ids[chunk.start] for chunk in chunks]
-        self._positions[:count] = starts
-        self._slots[:count] = [chunk.request.block_ids[chunk.start // size] for chunk in chunks]
-        self._slots[:count] *= size
-        self._slots[:count] += self._positions[:count] % size
-        self._seq_lens[:count] = self._positions[:count] + 1
+        size = self._block_size
         for row, chunk in enumerate(chunks):
-            blocks = chunk.request.block_ids
+            request, start = chunk.request, chunk.start
+            blocks = request.block_ids
+            self._tokens[row] = request.token_ids[start]
+            self._positions[row] = start
+            self._slots[row] = blocks[start // size] * size + start % size
+            self._seq_lens[row] = start + 1
             if blocks != self._written[row]:
                 self._written[row] = blocks.copy()
-                self._tables[row, : len(blocks)] = blocks[:width]
+                entries = array("i", blocks[: self._width])
+                self._tables[row * self._width : row * self._width + len(entries)] = entries
 
     @torch.inference_mode()
     def _capture(self, count: int) -> Decoded:
         """Computes the step in the buffers with torch and Python as they are, and keeps the tape of it."""
         batch = Batch(
-            tokens=torch.from_numpy(self._tokens)[:count],
-            positions=torch.from_numpy(self._positions)[:count],
-            slots=torch.from_numpy(self._slots)[:count],
-            cu_seqlens=torch.from_numpy(self._cu_seqlens)[: count + 1],
-            seq_lens=torch.from_numpy(self._seq_lens)[:count],
-            block_tables=torch.from_numpy(self._tables)[:count],
+            tokens=torch.frombuffer(self._tokens, dtype=torch.int64)[:count],
+            positions=torch.frombuffer(self._positions, dtype=torch.int64)[:count],
+            slots=torch.frombuffer(self._slots, dtype=torch.int64)[:count],
+            cu_seqlens=torch.frombuffer(self._cu_seqlens, dtype=torch.int32)[: count + 1],
+            seq_lens=torch.frombuffer(self._seq_lens, dtype=torch.int32)[:count],
+            block_tables=torch.frombuffer(self._tables, dtype=torch.int32).view(-1, self._width)[:count],
         )
         with record(self.workspace) as recording:
             hidden = self.decoder.hidden(batch, self.cache, self._cos, self._sin)

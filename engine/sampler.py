@@ -66,10 +66,12 @@ def sample(logits: Tensor, requests: Sequence[Request], *, highest: Highest | No
     exception stands in the list for a row with NaN, +inf or nothing but -inf, and for one whose parameters name ids
     that the logits do not have.
     """
+    if highest is not None and all(map(_is_plain, requests)):
+        return _greedy(highest, requests)
     if logits.shape[0] != len(requests):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
-    if logits.device.type != "cpu" and all(_is_plain(request) for request in requests):
-        return _highest_on_device(logits, requests)
+    if logits.device.type != "cpu" and all(map(_is_plain, requests)):
+        return _greedy(_highest_on_device(logits), requests)
     rows = _rows(logits)
     if highest is None:
         # NaN counts as the highest here, so the peak of a row with any is NaN.
@@ -145,12 +147,17 @@ def _is_edited(request: Request) -> bool:
     )
 
 
-def _highest_on_device(logits: Tensor, requests: Sequence[Request]) -> list[Sampled | Exception]:
-    """Plain greedy rows where they lie: only ids and peaks travel."""
-    values, ids = logits.max(dim=-1)
+def _highest_on_device(logits: Tensor) -> Highest:
+    """What is highest, found where the logits lie: only ids and peaks travel."""
+    peaks, ids = logits.max(dim=-1)
+    return Highest(ids.cpu().numpy(), peaks.float().cpu().numpy())
+
+
+def _greedy(highest: Highest, requests: Sequence[Request]) -> list[Sampled | Exception]:
+    """The tokens of rows of which the highest logit is all there is to know."""
     return [
         Sampled(token_id) if math.isfinite(peak) else _fault(request, peak)
-        for request, token_id, peak in zip(requests, ids.tolist(), values.tolist(), strict=True)
+        for request, token_id, peak in zip(requests, highest.ids.tolist(), highest.peaks.tolist(), strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dibit.engine.config import SamplingParams
 from dibit.engine.errors import EngineFault, RequestError
 from dibit.engine.request import Request, TokenLogprob
-from dibit.engine.sampler import _highest_on_device, kept, prompt_logprobs, sample, uniform, validate
+from dibit.engine.sampler import _greedy, _highest_on_device, kept, prompt_logprobs, sample, uniform, validate
 from dibit.engine.step import Sampled
 
 
@@ -200,13 +200,15 @@ def test_greedy_takes_the_lowest_id_on_ties_whatever_else_is_asked() -> None:
     assert drawn(logits, rows) == [1, 1, 1, 1]
 
 
-def test_the_path_for_devices_chooses_alike() -> None:
+def test_the_path_for_devices_and_known_peaks_choose_alike() -> None:
     logits = torch.randint(-3, 3, (30, 50), generator=torch.Generator().manual_seed(6)).float()
     logits[4, 7], logits[5, 0], logits[6] = math.nan, math.inf, -math.inf
     rows = [request(seed=s, temperature=0) for s in range(30)]
-    expected, found = sample(logits, rows), _highest_on_device(logits, rows)
+    expected, found = sample(logits, rows), _greedy(_highest_on_device(logits), rows)
     assert [str(f) for f in found] == [str(e) for e in expected]
     assert sum(isinstance(f, EngineFault) for f in found) == 3
+    known = sample(logits, rows, highest=_highest_on_device(logits))
+    assert [str(k) for k in known] == [str(e) for e in expected]
 
 
 def chi_square(tokens: list[int], probabilities: np.ndarray[Any, Any]) -> float:
