@@ -209,7 +209,7 @@ class _Loader:
                 segments.append(FloatLinear(self._held(read_float_site(self.weights, segment)), bias))
             else:
                 segments.append(self._pack(self._fused(segment, packed), bias))
-        return segments[0] if len(segments) == 1 else SideBySide(tuple(segments))
+        return segments[0] if len(segments) == 1 else SideBySide(tuple(segments), self.ops.concat)
 
     def _fused(self, site: LinearSite, format: Format) -> QTensor:
         if len(site.parts) == 1:

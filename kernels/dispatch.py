@@ -88,6 +88,7 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
         _reference("attention:paged_attention_reference"),
     ),
     "silu_mul": (_cpu("activation_cpu:silu_mul"), _reference("activation:silu_mul_reference")),
+    "concat": (_cpu("concat_cpu:concat"), _reference("concat:concat_reference")),
     "argmax": (_cpu("argmax_cpu:argmax"), _reference("argmax:argmax_reference")),
 }
 

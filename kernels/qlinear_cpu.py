@@ -82,9 +82,7 @@ def pack(w: QTensor) -> CpuQWeight:
         if tensor.device.type != "cpu":
             raise FormatError(f"{name} on {tensor.device}; the cpu backend packs tensors in main memory")
     if int(w.zeros.max()) > w.format.qmax:
-        raise FormatError(
-            f"a zero point of {int(w.zeros.max())} in {w.format.name}; at most {w.format.qmax} fits"
-        )
+        raise FormatError(f"a zero point of {int(w.zeros.max())} in {w.format.name}; at most {w.format.qmax} fits")
     block = block_columns(w.format)
     # A unit of 3-bit codes spans 32 columns, two blocks when groups have 16.
     unit = max(block, 32) if w.format.bits == 3 else block
@@ -117,13 +115,9 @@ def pack(w: QTensor) -> CpuQWeight:
         ctypes.byref(struct), source.data_ptr(), zeros.data_ptr(), scales.data_ptr(), w.zeros.shape[1]
     )
     if status == _CODE_TOO_LARGE:
-        raise FormatError(
-            f"codes up to {int(w.codes.max())} in {w.format.name}; at most {w.format.qmax} fits"
-        )
+        raise FormatError(f"codes up to {int(w.codes.max())} in {w.format.name}; at most {w.format.qmax} fits")
     if status != 0:
-        raise native.NativeError(
-            f"dibit_qlinear_pack refused [{n}, {k}] in {w.format.name} (status {status})"
-        )
+        raise native.NativeError(f"dibit_qlinear_pack refused [{n}, {k}] in {w.format.name} (status {status})")
     return CpuQWeight(codes, zeros_out, scales_out, n, k, w.format, struct)
 
 

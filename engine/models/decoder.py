@@ -20,6 +20,7 @@ from dibit.engine.kv_cache import KVCache
 from dibit.engine.models.spec import Arch, Sizes, norm_names, sites
 from dibit.engine.models.weights import Weights, read_bias, read_float_site, read_tensor
 from dibit.kernels.activation import silu_mul_reference
+from dibit.kernels.concat import concat_reference
 from dibit.kernels.dispatch import Backend, resolve
 from dibit.kernels.formats import Format
 from dibit.kernels.norm import rms_norm_reference
@@ -65,9 +66,10 @@ class SideBySide:
     """A fused site whose parts have different formats: each segment computed by its own linear."""
 
     segments: tuple[Linear, ...]
+    concat: Callable[[Sequence[Tensor]], Tensor] = concat_reference
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([segment(x) for segment in self.segments], dim=-1)
+        return self.concat([segment(x) for segment in self.segments])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Ops:
     rope_kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
+    concat: Callable[[Sequence[Tensor]], Tensor]
     argmax: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @classmethod

@@ -29,4 +29,6 @@ DIBIT_API int dibit_paged_attention(float* out, const float* q, const void* k_ca
 
 DIBIT_API int dibit_silu_mul(float* y, const float* gate_up, int64_t rows, int64_t width);
 
+DIBIT_API int dibit_copy_columns(float* y, const float* x, int64_t rows, int64_t width, int64_t stride);
+
 DIBIT_API int dibit_argmax(int64_t* ids, float* peaks, const float* scores, int64_t rows, int64_t width);

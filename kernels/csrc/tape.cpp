@@ -59,6 +59,7 @@ constexpr Op kOps[] = {
     op<dibit_rope_kv_write>("dibit_rope_kv_write"),
     op<dibit_paged_attention>("dibit_paged_attention"),
     op<dibit_silu_mul>("dibit_silu_mul"),
+    op<dibit_copy_columns>("dibit_copy_columns"),
     op<dibit_argmax>("dibit_argmax"),
 };
 constexpr int64_t kOpCount = sizeof(kOps) / sizeof(kOps[0]);

@@ -129,6 +129,16 @@ def test_every_width(formats: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taped.runner.taped_steps > 5
 
 
+def test_a_fused_site_of_several_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = {"q_proj": 2, "k_proj": 4, "v_proj": 4, "o_proj": 3, "gate_proj": 4, "up_proj": 2, "down_proj": 3}
+    weights = quantized(weights_of(hf_model()), {name: Format(bits, 16) for name, bits in widths.items()})
+    decoder = load_decoder(weights, config=EngineConfig(block_size=4))
+    plain = serve(decoder, requests_of(4), monkeypatch, tape=False)
+    taped = serve(decoder, requests_of(4), monkeypatch)
+    assert taped.runner.taped_steps > 5
+    same(taped, plain)
+
+
 def test_preempted_and_computed_again(low_bit: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"max_model_len": 40, "kv_bytes": 13 * 4 * TOKEN_BYTES}
     plain = serve(low_bit, requests_of(), monkeypatch, tape=False, **few)
