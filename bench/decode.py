@@ -36,6 +36,7 @@ class DecodeResult:
     bandwidth_gb_s          read bandwidth of memory on the same threads, measured in the same run
     bandwidth_share         weight_gb_s / bandwidth_gb_s
     model_share             part of a decode step that is spent in the runner (the rest is scheduling and text)
+    tape_share              part of a decode step that is spent in native code without Python (0 when not replayed)
     bits, group_size        of the blocks' linears; 16 or 32 bits and group 0 for float weights
     """
 
@@ -51,6 +52,7 @@ class DecodeResult:
     bandwidth_gb_s: float
     bandwidth_share: float
     model_share: float
+    tape_share: float
     threads: int
     isa: str
     bits: float
@@ -70,12 +72,12 @@ class _Watch:
             runner.max_model_len,
         )
         self.last = Step(())
-        self.elapsed_s = 0.0
+        self.elapsed_s = self.tape_s = 0.0
 
     def execute(self, step: Step) -> StepResult:
-        started_s = time.perf_counter()
+        started_s, tape_s = time.perf_counter(), self.runner.tape_s
         result = self.runner.execute(step)
-        self.elapsed_s = time.perf_counter() - started_s
+        self.elapsed_s, self.tape_s = time.perf_counter() - started_s, self.runner.tape_s - tape_s
         self.last = step
         return result
 
@@ -118,11 +120,11 @@ def run_decode(
 def format_table(results: Sequence[DecodeResult]) -> str:
     """The figures as a Markdown table."""
     lines = [
-        "| batch | prefill tok/s | decode tok/s | step ms | weight MB/token | weight GB/s | of bandwidth |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| batch | prefill tok/s | decode tok/s | step ms | in tape | weight MB/token | weight GB/s | of bandwidth |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {r.batch} | {r.prefill_tok_s:.0f} | {r.decode_tok_s:.1f} | {r.decode_step_ms:.2f} | "
+        f"| {r.batch} | {r.prefill_tok_s:.0f} | {r.decode_tok_s:.1f} | {r.decode_step_ms:.2f} | {r.tape_share:.1%} | "
         f"{r.weight_bytes_per_token / 1e6:.1f} | {r.weight_gb_s:.1f} | "
         f"{r.bandwidth_share:.0%} of {r.bandwidth_gb_s:.1f} |"
         for r in results
@@ -148,12 +150,15 @@ def _measure(
 ) -> DecodeResult:
     facts = machine_facts()
     runner = watch.runner
-    prefill, decode, shares, bandwidth = [], [], [], [read_bandwidth(facts.threads, BANDWIDTH_BYTES)]
+    prefill, decode, shares, tapes, bandwidth = [], [], [], [], [read_bandwidth(facts.threads, BANDWIDTH_BYTES)]
     for repeat in range(repeats):
-        prefill_s, decode_s, model_s = _run(core, watch, batch, prompt_len=prompt_len, gen_len=gen_len, seed=repeat)
+        prefill_s, decode_s, model_s, tape_s = _run(
+            core, watch, batch, prompt_len=prompt_len, gen_len=gen_len, seed=repeat
+        )
         prefill.append(batch * prompt_len / prefill_s)
         decode.append(decode_s / gen_len)
         shares.append(model_s / decode_s)
+        tapes.append(tape_s / decode_s)
         bandwidth.append(read_bandwidth(facts.threads, BANDWIDTH_BYTES))
     step_s = statistics.median(decode)
     weight_bytes = runner.decoder.step_bytes
@@ -173,6 +178,7 @@ def _measure(
         bandwidth_gb_s=bandwidth_gb_s,
         bandwidth_share=weight_gb_s / bandwidth_gb_s,
         model_share=statistics.median(shares),
+        tape_share=statistics.median(tapes),
         threads=facts.threads,
         isa=facts.isa,
         bits=32 if held is None else held.bits,
@@ -184,8 +190,8 @@ def _measure(
 
 def _run(
     core: EngineCore, watch: _Watch, batch: int, *, prompt_len: int, gen_len: int, seed: int
-) -> tuple[float, float, float]:
-    """Seconds of prefill, of `gen_len` decode steps, and of the runner within those steps."""
+) -> tuple[float, float, float, float]:
+    """Seconds of prefill, of `gen_len` decode steps, and of the runner and of its tapes within those steps."""
     draw = random.Random(seed)
     params = SamplingParams(
         temperature=0.0, ignore_eos=True, max_tokens=_longest(core, batch, prompt_len, gen_len) - prompt_len
@@ -199,16 +205,17 @@ def _run(
     while waiting:
         waiting -= {output.request_id for output in core.step() if output.token_ids}
     prefill_s = time.perf_counter() - started_s
-    decode_s = model_s = 0.0
+    decode_s = model_s = tape_s = 0.0
     for _ in range(gen_len):
         started_s = time.perf_counter()
         core.step()
         decode_s += time.perf_counter() - started_s
         model_s += watch.elapsed_s
+        tape_s += watch.tape_s
         if watch.last.num_tokens != batch:
             raise RuntimeError(f"a decode step computed {watch.last.num_tokens} tokens for {batch} sequences")
     for name in names:
         core.abort(name)
     while core.has_work:
         core.step()
-    return prefill_s, decode_s, model_s
+    return prefill_s, decode_s, model_s, tape_s

@@ -11,6 +11,7 @@ max_seqs rows, and MAX_TAPES tapes of some ten words per op.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ class DecodeTapes:
     """Runs steps of one token for each of up to `max_seqs` sequences. One thread at a time.
 
     The decoder, the cache and the rope tables must stay the ones it was made for. `refusal` says why steps are not
-    replayed, or is None.
+    replayed, or is None; `replay_s` counts the seconds spent in tapes.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class DecodeTapes:
         self._block_size = cache.block_size
         self.max_seqs = max_seqs
         self.refusal: str | None = None
+        self.replay_s = 0.0
         self.workspace = Workspace(max_seqs)
         self._cos, self._sin = cos, sin
         self._captured: OrderedDict[int, _Captured] = OrderedDict()
@@ -80,7 +82,9 @@ class DecodeTapes:
         if captured is None:
             return self._capture(len(chunks))
         self._captured.move_to_end(len(chunks))
+        started_s = time.perf_counter()
         captured.tape.run()
+        self.replay_s += time.perf_counter() - started_s
         return captured.decoded
 
     def _fill(self, chunks: Sequence[Chunk]) -> None:

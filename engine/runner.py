@@ -46,7 +46,6 @@ class ModelRunner:
     free_bytes  memory that the cache may be taken from (None: what is free now, with the weights already held)
 
     taped_steps, untaped_steps  steps that were replayed from a tape (the recording of one counts too), and the others
-    tape_s                      seconds spent in the former, up to their logits
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig, *, free_bytes: int | None = None) -> None:
@@ -71,7 +70,6 @@ class ModelRunner:
             device=decoder.device,
         )
         self.taped_steps = self.untaped_steps = 0
-        self.tape_s = 0.0
         self._tapes = self._decode_tapes()
 
     @property
@@ -86,6 +84,11 @@ class ModelRunner:
     def max_model_len(self) -> int:
         return self._max_model_len
 
+    @property
+    def tape_s(self) -> float:
+        """Seconds spent in tapes so far."""
+        return 0.0 if self._tapes is None else self._tapes.replay_s
+
     def execute(self, step: Step) -> StepResult:
         """Compute a step. Faults of single rows are in `failed`; anything else raises."""
         if self._tapes is not None and len(step.chunks) <= self._tapes.max_seqs and all(map(_decodes, step.chunks)):
@@ -94,9 +97,7 @@ class ModelRunner:
         return self._compute(step)
 
     def _replay(self, tapes: DecodeTapes, step: Step) -> StepResult:
-        started_s = time.perf_counter()
         decoded = tapes.run(step.chunks)
-        self.tape_s += time.perf_counter() - started_s
         if tapes.refusal is None:
             self.taped_steps += 1
         else:
