@@ -21,9 +21,11 @@ from dibit.engine.models.spec import LinearSite, Part
 from dibit.kernels.formats import Format, dequantize
 from dibit.quantize import quantize_checkpoint
 from dibit.quantize.block import BlockJob
+from dibit.quantize.budget import Budget
 from dibit.quantize.fold import copied
 from dibit.quantize.methods.awq import AWQ, clip_rows
 from dibit.quantize.methods.rtn import RTN
+from dibit.quantize.plan import Plan
 from dibit.quantize.stats import Stats
 from dibit.quantize.streams import HiddenStates, StreamConfig
 
@@ -176,6 +178,27 @@ def test_a_checkpoint_with_folded_scales_is_closer_to_the_model(
     report = quantize_checkpoint(str(tiny), tmp_path / "again", method="awq", **settings, **calibration)
     assert report.resumed_blocks == 2
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "awq/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_widths_by_block_and_groups_as_long_as_rows(
+    tiny: Path, text: Path, unseen: Tensor, tmp_path: Path, *, symmetric: bool
+) -> None:
+    calibration: dict[str, Any] = {"calibration": text, "samples": 24, "sequence_length": 40}
+    budget = Budget(mean_bits=3.4, choices=(3, 4), importance="lim", samples=4)
+    settings: dict[str, Any] = {"group_size": -1, "symmetric": symmetric, **calibration}
+    report = quantize_checkpoint(
+        str(tiny), tmp_path / "awq", method="awq", plan=budget, save_plan=tmp_path / "plan", **settings
+    )
+    assert sorted({own.format for own in report.sites}) == ["int3-channel", "int4-channel"]
+    found = open_checkpoint(tmp_path / "awq")
+    assert found.quantization is not None
+    assert found.quantization.symmetric == symmetric
+    found.close()
+    quantize_checkpoint(
+        str(tiny), tmp_path / "rtn", plan=Plan.from_json((tmp_path / "plan").read_text()), symmetric=symmetric
+    )
+    assert divergence(tiny, tmp_path / "awq", unseen) < divergence(tiny, tmp_path / "rtn", unseen)
 
 
 def divergence(model: Path, low: Path, tokens: Tensor) -> float:
