@@ -38,8 +38,8 @@ Ids = npt.NDArray[np.intp]
 class Highest:
     """The highest logit of each row [R] and the first id that has it [R]; NaN counts as the highest of all."""
 
-    ids: npt.NDArray[np.integer[Any]]
-    peaks: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.integer[Any]] | memoryview
+    peaks: npt.NDArray[np.float32] | memoryview
 
 
 # Scores are float32, about 1e-6 apart at usual sizes: below this temperature only ties are left to chance, and scores
