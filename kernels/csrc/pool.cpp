@@ -29,7 +29,11 @@ inline void pause() {
 
 // A range is cut into pieces that threads take in turn, so that a thread whose core is busy with something else (or
 // that has not woken up yet) delays nobody. The ticket holds the number of the range and its next piece in one word:
-// a thread reads the range, then takes the piece by compare-and-swap, which fails if that range is not current.
+// a thread reads the range, then takes the piece by compare-and-swap, which fails if that range is not current. The
+// ticket is closed before the range is rewritten: a late thread would else judge the old ticket by the new range, take
+// a piece that the old one never had, and be counted twice.
+constexpr uint32_t kClosed = UINT32_MAX;
+
 class Pool {
  public:
   ~Pool() { resize(1); }
@@ -68,6 +72,7 @@ class Pool {
       if (n > 0) fn(context, 0, n);
       return;
     }
+    issue(kClosed);
     n_ = n, grain_ = grain, pieces_ = pieces, fn_ = fn, context_ = context;
     done_ = 0;
     publish();
@@ -81,10 +86,13 @@ class Pool {
  private:
   static uint32_t range_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
 
+  // A new range number, so that every compare-and-swap on an older ticket fails.
+  void issue(uint32_t piece) { ticket_ = static_cast<uint64_t>(range_of(ticket_.load()) + 1) << 32 | piece; }
+
   void publish() {
     {
       std::lock_guard<std::mutex> lock(sleep_);
-      ticket_.store(static_cast<uint64_t>(range_of(ticket_.load()) + 1) << 32, std::memory_order_release);
+      issue(0);
     }
     if (sleepers_.load(std::memory_order_acquire) != 0) wake_.notify_all();
   }
@@ -127,6 +135,7 @@ class Pool {
 
   void stop_workers() {
     stopping_ = true;
+    issue(kClosed);
     pieces_ = 0;
     publish();
     for (std::thread& worker : workers_) worker.join();

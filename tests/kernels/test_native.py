@@ -72,6 +72,22 @@ def test_more_threads_than_cores_still_finish(isas: tuple[str, ...]) -> None:
         assert torch.equal(qlinear_cpu.qlinear(x, w), want)
 
 
+@pytest.mark.parametrize("threads", [3, 8])
+def test_ranges_of_changing_sizes_are_each_computed_once(isas: tuple[str, ...], threads: int) -> None:
+    """A thread that comes late to one range must not take a piece of the next by the numbers of the first."""
+    fmt = Format(bits=4, group_size=32)
+    weights = []
+    for n in (32, 512, 64, 1024, 96, 256):
+        w = torch.randn(n, 512)
+        weights.append(qlinear_cpu.pack(fmt.encode(w, *fmt.ranges(w))))
+    x = torch.randn(8, 512)
+    wanted = [qlinear_cpu.qlinear(x, w) for w in weights]
+    native.set_threads(threads)
+    for _ in range(1500):
+        for w, want in zip(weights, wanted, strict=True):
+            assert torch.equal(qlinear_cpu.qlinear(x, w), want)
+
+
 def test_reading_counts_every_word(isas: tuple[str, ...]) -> None:
     data = torch.arange(1 << 16, dtype=torch.int64)
     read = native.function("dibit_read", native.POINTER, native.INT, ctypes.POINTER(ctypes.c_uint64))
