@@ -111,7 +111,11 @@ class QuantizedBlock:
             if bias is not None and bias is not cast(FloatLinear, job.block.linears[site.key]).bias:
                 biases[site.name] = bias
         floats = {site.name: _weight(block, site) for site in job.sites}
-        return cls(weights, block.attn_norm, block.mlp_norm, biases, floats, **facts)
+        norms = [
+            None if new is old else new
+            for new, old in ((block.attn_norm, job.block.attn_norm), (block.mlp_norm, job.block.mlp_norm))
+        ]
+        return cls(weights, norms[0], norms[1], biases, floats, **facts)
 
 
 @runtime_checkable
@@ -201,6 +205,15 @@ def rounded_block(job: BlockJob, *, symmetric: bool, reason: str) -> QuantizedBl
     rtn = RTN(symmetric=symmetric)
     weights = {site.name: rtn.quantize(_weight(job.block, site), job.formats[site.name], Stats()) for site in job.sites}
     return QuantizedBlock(weights, method="rtn", fallback=reason)
+
+
+def low_bit_block(job: BlockJob, weights: Mapping[str, QTensor]) -> Block:
+    """The job's block computing with `weights`, by site name."""
+    own = job.block
+    block = Block(own.sizes, linears=dict(own.linears), attn_norm=own.attn_norm, mlp_norm=own.mlp_norm)
+    for site in job.sites:
+        replace_weight(block, site, split(site, weights[site.name]))
+    return block
 
 
 def _changed(job: BlockJob, found: QuantizedBlock) -> Changed:

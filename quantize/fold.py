@@ -49,8 +49,10 @@ def fold(block: Block, key: str, scales: Tensor, *, stored: torch.dtype = torch.
         norm = cast(Tensor, getattr(block, name))
         divided = (norm / scales).to(stored).float()
         usable = (divided != 0) & divided.isfinite()
-        setattr(block, name, torch.where(usable, divided, norm))
-        scales = torch.where(usable, norm / divided, torch.ones_like(scales))
+        # Chosen before it is divided by, or the gradient of what is not chosen would be NaN.
+        divided = torch.where(usable, divided, norm)
+        setattr(block, name, divided)
+        scales = torch.where(usable, norm / torch.where(usable, divided, 1.0), 1.0)
     elif key == "o":
         _divide_rows(block, "qkv", scales, start=sizes.q_width + sizes.kv_width)
     else:

@@ -41,7 +41,7 @@ class SiteReport:
 class TrainingReport:
     """How the training of a block went. Losses are mean squared errors of the block's output.
 
-    steps       that were made, without those skipped
+    steps       that were made, those skipped included
     losses      of the training batches: (step, mean since the entry before)
     validation  on the held-out text: (step, loss), from step 0 on
     best_step   whose state was kept
@@ -163,3 +163,11 @@ def _finite(value: Any) -> Any:
 def _mean(values: list[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min" if minutes else f"{rest} s"

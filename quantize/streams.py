@@ -49,6 +49,7 @@ class HiddenStates:
     def __init__(self, samples: int, length: int, hidden: int, *, config: StreamConfig, directory: Path) -> None:
         dtype = STREAM_TYPES[config.stream_type]
         self.shape = (samples, length, hidden)
+        self._config, self._directory = config, directory
         nbytes = samples * length * hidden * dtype.itemsize
         self.in_file = nbytes > config.memory_bytes
         self._data = _mapped(nbytes, directory).view(dtype) if self.in_file else torch.empty(self.shape, dtype=dtype)
@@ -59,6 +60,14 @@ class HiddenStates:
         for start in range(0, self.shape[0], size):
             # Always fresh memory: what follows must not depend on how a stream is kept.
             yield start, self._data[start : start + size].to(torch.float32, copy=True)
+
+    def rows(self, segments: Tensor) -> Tensor:
+        """The segments of those numbers, float32, a copy."""
+        return self._data[segments].to(torch.float32)
+
+    def empty_like(self) -> HiddenStates:
+        """Another stream, to be written, kept in the same way."""
+        return HiddenStates(*self.shape, config=self._config, directory=self._directory)
 
     def write(self, start: int, x: Tensor) -> None:
         """Replace the segments from `start` on. Raises ConfigError when float16 cannot hold them."""

@@ -32,6 +32,7 @@ from dibit.quantize.budget import Allocation
 from dibit.quantize.calibration import Segments
 from dibit.quantize.journal import FinishedBlock, Journal
 from dibit.quantize.plan import Plan, part_formats
+from dibit.quantize.report import duration
 from dibit.quantize.stats import Method, Stats
 from dibit.quantize.streams import HiddenStates, StreamConfig
 
@@ -236,11 +237,3 @@ def _embedded(task: Task, segments: Segments, directory: Path) -> HiddenStates:
 def checksum(tensor: Tensor) -> int:
     """Of the bytes and the type."""
     return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().tobytes() + str(tensor.dtype).encode())
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min" if minutes else f"{rest} s"

@@ -1,0 +1,55 @@
+"""The fused step against the format's own arithmetic, to the bit, and against autograd of the plain formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dibit.kernels.formats import Format, dequantize, round_scales
+from dibit.quantize.fake_quantize import fake_quantize, straight
+
+
+def random_case(bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor, Format]:
+    """Ranges that cut some weights off, zeros that are not whole and not all inside the range."""
+    rng = torch.Generator().manual_seed(bits)
+    w = torch.randn(10, 64, generator=rng)
+    chosen = Format(bits, group_size)
+    scales, zeros = chosen.ranges(w * 0.6)
+    scales = scales * (1 + 0.1 * torch.randn(scales.shape, generator=rng))
+    return w, scales, zeros.float() + torch.randn(zeros.shape, generator=rng), chosen
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [16, 64, -1])
+def test_value_is_that_of_the_packed_weight(bits: int, group_size: int) -> None:
+    w, scales, zeros, chosen = random_case(bits, group_size)
+    whole = torch.round(zeros).clamp(0, chosen.qmax).to(torch.uint8)
+    packed = chosen.encode(w, round_scales(scales), whole)
+    assert torch.equal(fake_quantize(w, scales, zeros, chosen), dequantize(packed))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gradients_are_those_of_the_plain_formula(bits: int) -> None:
+    w, scales, zeros, chosen = random_case(bits, 16)
+    inputs = [t.clone().requires_grad_() for t in (w, scales, zeros)]
+    weight = torch.randn(10, 64, generator=torch.Generator().manual_seed(9))
+    (fake_quantize(inputs[0], inputs[1], inputs[2], chosen) * weight).sum().backward()
+    plain = [t.clone().requires_grad_() for t in (w, scales, zeros)]
+    s = straight(plain[1], round_scales(scales))[..., None]
+    z = straight(plain[2], torch.round(zeros).clamp(0, chosen.qmax))[..., None]
+    ratio = plain[0].view(10, 4, 16) / s
+    levels = (straight(ratio, torch.round(ratio.detach())) + z).clamp(0, chosen.qmax)
+    cut = float((levels.detach() != torch.round(ratio.detach()) + z.detach()).float().mean())
+    assert 0.02 < cut < 0.9
+    (((levels - z) * s).view(10, 64) * weight).sum().backward()
+    for found, expected in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_only_wanted_gradients_are_computed() -> None:
+    w, scales, zeros, chosen = random_case(3, 16)
+    scales.requires_grad_()
+    fake_quantize(w, scales, zeros, chosen).sum().backward()
+    assert scales.grad is not None
+    assert w.grad is None
