@@ -93,7 +93,7 @@ def quantize(
     model: Model,
     *,
     out: q.Out,
-    method: Annotated[str, typer.Option(help="rtn (no calibration), gptq or awq")] = "rtn",
+    method: Annotated[str, typer.Option(help="rtn (no calibration), gptq, awq, omniquant or block-ap")] = "rtn",
     bits: q.Bits = None,
     group_size: q.GroupSize = None,
     symmetric: q.Symmetric = False,

@@ -9,11 +9,19 @@ from typing import Any
 from dibit.engine.errors import ConfigError
 from dibit.quantize.block import BlockMethod
 from dibit.quantize.methods.awq import AWQ
+from dibit.quantize.methods.block_ap import BlockAP
 from dibit.quantize.methods.gptq import GPTQ
+from dibit.quantize.methods.omniquant import OmniQuant
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.stats import Method
 
-METHODS: dict[str, type[Method] | type[BlockMethod]] = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ}
+METHODS: dict[str, type[Method] | type[BlockMethod]] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "omniquant": OmniQuant,
+    "block-ap": BlockAP,
+}
 
 
 def make_method(name: str, options: Mapping[str, Any]) -> Method | BlockMethod:

@@ -1,0 +1,192 @@
+"""Block-AP: train everything in a block, weights, step sizes, zero points and norms, through the rounding.
+
+The first phase of Chen, Shao, Xu, Wang, Zhang, Gao, Zhang, Qiao and Luo, "EfficientQAT: Efficient Quantization-Aware
+Training for Large Language Models", ACL 2025 (its second phase, step sizes of the whole model end to end, is not part
+of this method). The gradient takes rounding for the identity (fake_quantize.py); zero points end as integers.
+
+It starts from the codes of GPTQ, or of rounding to nearest, where the float weights are the original ones. GPTQ hands
+over codes and ranges; the float weight behind a code is then the original one where that lies near it, else the
+nearest point that does, well inside the border, so that training begins exactly at GPTQ's result and does not leave
+it at once. Rates are in units that hold for any model: those of weights and step sizes in mean step sizes of the
+site, that of zero points in codes, that of norms in their mean size.
+
+Training all weights on little text fits that text: take at least 256 sequences of 512 tokens. Where the held-out text
+shows no gain, the start is what is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from dibit.engine.errors import ConfigError
+from dibit.engine.models.decoder import Block, FloatLinear
+from dibit.kernels.formats import QTensor, concat_rows, round_scales
+from dibit.quantize.block import BlockJob, QuantizedBlock, low_bit_block, quantize_block, rounded_block
+from dibit.quantize.fake_quantize import fake_quantize, straight
+from dibit.quantize.fold import copied
+from dibit.quantize.methods.gptq import GPTQ
+from dibit.quantize.stats import Need
+from dibit.quantize.trainer import Group, Schedule, TrainingFailure, held_out_loss, prepare, train
+
+STARTS = ("gptq", "rtn")
+# How far from the middle of its GPTQ code, in step sizes, a weight may start; 0.5 is the border. Nearer to it, the
+# first few steps flip so many codes that GPTQ's result is lost before training gains anything.
+INSIDE = 0.3
+LEAST_SCALE = 0.05
+
+
+@dataclass(frozen=True)
+class BlockAP:
+    """Block-wise training of all parameters.
+
+    symmetric    zero points in the middle of the code range, where they stay
+    start        first codes and ranges: gptq or rtn
+    steps        optimizer steps for each block
+    batch        calibration sequences in a step
+    held_out     share of the calibration sequences that chooses the state to keep
+    weight_rate  learning rate of the weights, in mean step sizes of their site
+    scale_rate   learning rate of the step sizes, in the same unit
+    zero_rate    learning rate of the zero points, in codes
+    norm_rate    learning rate of the norms, in their mean size; 0 leaves them as they are
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"float_stream"})
+
+    symmetric: bool = False
+    start: str = "gptq"
+    steps: int = 128
+    batch: int = 4
+    held_out: float = 0.0625
+    weight_rate: float = 2e-3
+    scale_rate: float = 1e-2
+    zero_rate: float = 5e-3
+    norm_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        self.schedule()
+        if self.start not in STARTS:
+            raise ConfigError(f"start is {self.start!r}; supported: {', '.join(STARTS)}")
+        for name in ("weight_rate", "scale_rate", "zero_rate", "norm_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, self.batch, self.held_out, decay="cosine", final_rate=0.05)
+
+    def quantize_block(self, job: BlockJob) -> QuantizedBlock:
+        data = prepare(job, self.schedule())
+        rounded = rounded_block(job, symmetric=self.symmetric, reason="")
+        baseline = held_out_loss(job, low_bit_block(job, rounded.weights), data)
+        first = rounded.weights if self.start == "rtn" else self._gptq(job)
+        learned = Learned(self, job, first)
+        try:
+            report = train(job, learned, self.schedule(), data, baseline=baseline)
+        except TrainingFailure as failure:
+            return QuantizedBlock(first, method=self.start, fallback=str(failure), training=failure.report)
+        if min(loss for _, loss in report.validation) > baseline:
+            reason = "rounding to nearest loses less on the held-out text"
+            return dataclasses.replace(rounded, fallback=reason, training=report)
+        with torch.no_grad():
+            norms = learned.norms()
+            return QuantizedBlock(learned.quantized(), norms["attn_norm"], norms["mlp_norm"], training=report)
+
+    def _gptq(self, job: BlockJob) -> dict[str, QTensor]:
+        job.tell(f"layers.{job.layer}, first codes")
+        apart = dataclasses.replace(job, block=copied(job.block))
+        found = quantize_block(apart, GPTQ(symmetric=self.symmetric), name="gptq", progress=lambda site: None)
+        return {site.name: concat_rows(list(result.parts)) for site, result in zip(job.sites, found.sites, strict=True)}
+
+
+@dataclass(frozen=True)
+class _Site:
+    """weight [N, K], scales and zeros [N, K/G]; step is the mean scale at the start, least the smallest allowed."""
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor
+    step: float
+    least: Tensor
+
+
+class Learned:
+    """Weights, scales and zero points of every site, by its key, and the two norms."""
+
+    def __init__(self, method: BlockAP, job: BlockJob, first: Mapping[str, QTensor]) -> None:
+        self._method, self._job = method, job
+        inside = None if method.start == "rtn" else INSIDE
+        self._sites = {
+            site.key: _begun(cast(FloatLinear, job.block.linears[site.key]).weight, first[site.name], inside)
+            for site in job.sites
+        }
+        own = {"attn_norm": job.block.attn_norm, "mlp_norm": job.block.mlp_norm}
+        self._norms = {name: norm.clone().requires_grad_(method.norm_rate > 0) for name, norm in own.items()}
+
+    def groups(self) -> Sequence[Group]:
+        method, groups = self._method, []
+        for site in self._sites.values():
+            groups.append(Group([site.weight], method.weight_rate * site.step))
+            groups.append(Group([site.scales], method.scale_rate * site.step))
+            if not method.symmetric:
+                groups.append(Group([site.zeros], method.zero_rate))
+        if method.norm_rate:
+            groups += [
+                Group([norm], method.norm_rate * float(norm.detach().abs().mean())) for norm in self._norms.values()
+            ]
+        return groups
+
+    def block(self) -> Block:
+        block = copied(self._job.block)
+        for site in self._job.sites:
+            linear, own = cast(FloatLinear, block.linears[site.key]), self._sites[site.key]
+            w = fake_quantize(own.weight, own.scales, own.zeros, self._job.formats[site.name])
+            block.linears[site.key] = FloatLinear(w, linear.bias)
+        for name, norm in self.norms().items():
+            if norm is not None:
+                setattr(block, name, norm)
+        return block
+
+    def norms(self) -> dict[str, Tensor | None]:
+        """The norms as they will be stored, differentiable; None where they are not trained."""
+        if not self._method.norm_rate:
+            return dict.fromkeys(self._norms)
+        dtype = self._job.float_type
+        return {name: straight(norm, norm.detach().to(dtype).float()) for name, norm in self._norms.items()}
+
+    def project(self) -> None:
+        for site in self._job.sites:
+            own = self._sites[site.key]
+            own.scales.copy_(torch.maximum(own.scales, own.least))
+            own.zeros.clamp_(0, self._job.formats[site.name].qmax)
+
+    def quantized(self) -> dict[str, QTensor]:
+        """The weights that `block` computes with, by site name."""
+        weights = {}
+        for site in self._job.sites:
+            own = self._sites[site.key]
+            zeros = torch.round(own.zeros).to(torch.uint8)
+            weights[site.name] = self._job.formats[site.name].encode(own.weight, round_scales(own.scales), zeros)
+        return weights
+
+
+def _begun(w: Tensor, first: QTensor, inside: float | None) -> _Site:
+    """`w` itself, or no further than `inside` steps from its codes in `first`."""
+    scales, zeros = first.scales.float(), first.zeros.float()
+    weight = w.clone()
+    if inside is not None:
+        groups = (*scales.shape, -1)
+        levels = first.codes.float().view(groups) - zeros[..., None]
+        offset = (w.view(groups) / scales[..., None] - levels).clamp_(-inside, inside)
+        weight = ((levels + offset) * scales[..., None]).view(w.shape)
+    return _Site(
+        weight.requires_grad_(),
+        scales.clone().requires_grad_(),
+        zeros.requires_grad_(),
+        float(scales.mean()),
+        scales * LEAST_SCALE,
+    )

@@ -1,0 +1,192 @@
+"""OmniQuant: learn where to clip each group of weights, and scales that make the weights easier to round.
+
+Shao, Chen, Zhang, Xu, Zhao, Li, Zhang, Gao, Qiao and Luo, "OmniQuant: Omnidirectionally Calibrated Quantization for
+Large Language Models", ICLR 2024; here for weights only. Two parts, trained together block by block:
+
+    clipping   the range of a group is [σ(l) min w, σ(u) max w], with a logit u and a logit l of its own
+    transform  a scale for every input column of a site, its inverse folded into the norm, the rows of v or the rows
+               of up in front (fold.py); only pairs for which the block computes the same, so that the result is an
+               ordinary checkpoint: v and o share the scales of a kv head
+
+Both start as in the paper, σ = 0.982 and (max |x|)^α / (max |w|)^(1-α); the transform starts from no scaling where
+that loses less on the held-out text. Other than in the released code, gradients pass through the zero point, which
+makes them exact for weights that are cut off, and scales are trained as logarithms, so that they stay positive
+without being cut off. Where rounding to nearest loses less on the held-out text, the block is rounded to nearest.
+
+The options that matter: `steps`, and with few of them a larger `clip_rate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from dibit.engine.errors import ConfigError
+from dibit.engine.models.decoder import Block, FloatLinear
+from dibit.kernels.formats import Format, QTensor, round_scales
+from dibit.quantize.block import BlockJob, QuantizedBlock, low_bit_block, rounded_block
+from dibit.quantize.fake_quantize import fake_quantize, straight
+from dibit.quantize.fold import copied, fold, input_width
+from dibit.quantize.stats import Need
+from dibit.quantize.trainer import Data, Group, Schedule, TrainingFailure, held_out_loss, prepare, train
+
+FIRST_LOGIT = 4.0
+# Segments looked at for the largest inputs, and the least input or weight that a scale is computed from.
+RANGE_SEGMENTS = 16
+TINY = 1e-5
+# At this many bits the released settings also compare with the float block on the quantized blocks' hidden states.
+OWN_INPUTS_BITS = 2
+
+
+@dataclass(frozen=True)
+class OmniQuant:
+    """Learned clipping and equivalent scaling.
+
+    symmetric       zero points in the middle of the code range
+    steps           optimizer steps for each block
+    batch           calibration sequences in a step
+    held_out        share of the calibration sequences that chooses the state to keep
+    clip_rate       learning rate of the clipping logits
+    transform       learn scales at the norms and between v and o
+    transform_down  learn scales between up and down too
+    transform_rate  learning rate of the logarithms of the scales
+    alpha           share of the inputs, against the weights, in the first scales
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"float_stream"})
+
+    symmetric: bool = False
+    steps: int = 160
+    batch: int = 2
+    held_out: float = 0.125
+    clip_rate: float = 5e-2
+    transform: bool = True
+    transform_down: bool = False
+    transform_rate: float = 5e-3
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        self.schedule()
+        for name in ("clip_rate", "transform_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha is {self.alpha}; it must lie in [0, 1]")
+        if self.transform_down and not self.transform:
+            raise ConfigError("transform_down adds to transform; it needs transform=true")
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, self.batch, self.held_out, decay="linear")
+
+    def quantize_block(self, job: BlockJob) -> QuantizedBlock:
+        low = min(job.formats[site.name].bits for site in job.sites) <= OWN_INPUTS_BITS
+        data = prepare(job, self.schedule(), own_inputs=0.5 if low else 0.0)
+        rounded = rounded_block(job, symmetric=self.symmetric, reason="")
+        baseline = held_out_loss(job, low_bit_block(job, rounded.weights), data)
+        learned = self._start(job, data)
+        try:
+            report = train(job, learned, self.schedule(), data, baseline=baseline)
+        except TrainingFailure as failure:
+            return dataclasses.replace(rounded, fallback=str(failure), training=failure.report)
+        if min(loss for _, loss in report.validation) > baseline:
+            reason = "rounding to nearest loses less on the held-out text"
+            return dataclasses.replace(rounded, fallback=reason, training=report)
+        with torch.no_grad():
+            block, weights = learned.quantized()
+        return QuantizedBlock.folded(job, block, weights, training=report)
+
+    def _start(self, job: BlockJob, data: Data) -> Learned:
+        keys = ("qkv", "o", "gate_up", "down")[: 4 if self.transform_down else 3] if self.transform else ()
+        plain = Learned(self, job, {key: torch.zeros(input_width(job.block.sizes, key)) for key in keys})
+        if not keys:
+            return plain
+        scaled = Learned(self, job, {key: first_scales(job, data, key, self.alpha).log() for key in keys})
+        with torch.no_grad():
+            losses = [held_out_loss(job, tried.block(), data) for tried in (plain, scaled)]
+        return scaled if losses[1] < losses[0] else plain
+
+
+class Learned:
+    """Logits u, l [N, K/G] of every site, and the logarithms of the scales, by site key."""
+
+    def __init__(self, method: OmniQuant, job: BlockJob, scales: dict[str, Tensor]) -> None:
+        self._method, self._job = method, job
+        self.scales = {key: value.requires_grad_() for key, value in scales.items()}
+        self.logits: dict[str, tuple[Tensor, Tensor]] = {}
+        for site in job.sites:
+            shape = (site.n, job.formats[site.name].groups(site.k))
+            upper, lower = (torch.full(shape, FIRST_LOGIT, requires_grad=True) for _ in range(2))
+            self.logits[site.key] = upper, lower
+
+    def groups(self) -> Sequence[Group]:
+        clipping = Group([t for pair in self.logits.values() for t in pair], self._method.clip_rate)
+        return [clipping, Group(list(self.scales.values()), self._method.transform_rate)][: 2 if self.scales else 1]
+
+    def block(self) -> Block:
+        block = self.folded()
+        for site in self._job.sites:
+            linear = cast(FloatLinear, block.linears[site.key])
+            chosen = self._job.formats[site.name]
+            scales, zeros = self._ranges(linear.weight, chosen, site.key)
+            block.linears[site.key] = FloatLinear(fake_quantize(linear.weight, scales, zeros, chosen), linear.bias)
+        return block
+
+    def folded(self) -> Block:
+        """The float block with its scales folded in; it computes the same."""
+        block = copied(self._job.block)
+        for key, logarithms in self.scales.items():
+            fold(block, key, logarithms.exp(), stored=self._job.float_type)
+        return block
+
+    def quantized(self) -> tuple[Block, dict[str, QTensor]]:
+        """The folded float block, and the weights that `block` computes with, by site name."""
+        block = self.folded()
+        weights = {}
+        for site in self._job.sites:
+            w = cast(FloatLinear, block.linears[site.key]).weight
+            chosen = self._job.formats[site.name]
+            scales, zeros = self._ranges(w, chosen, site.key)
+            weights[site.name] = chosen.encode(w, round_scales(scales), zeros.to(torch.uint8))
+        return block, weights
+
+    def project(self) -> None:
+        pass
+
+    def _ranges(self, w: Tensor, format: Format, key: str) -> tuple[Tensor, Tensor]:
+        """Scales and zeros [N, K/G] of the clipped `w`, whose ranges always include 0."""
+        upper, lower = self.logits[key]
+        grouped = w.view(*upper.shape, -1)
+        hi = grouped.amax(dim=2).clamp_min(0) * upper.sigmoid()
+        lo = grouped.amin(dim=2).clamp_max(0) * lower.sigmoid()
+        if self._method.symmetric:
+            return torch.maximum(hi, -lo) * (2 / format.qmax), torch.full_like(hi, 1 << (format.bits - 1))
+        scales = (hi - lo) / format.qmax
+        zeros = -lo / straight(scales, round_scales(scales.detach()))
+        return scales, straight(zeros, torch.round(zeros.detach()).clamp(0, format.qmax))
+
+
+@torch.no_grad()
+def first_scales(job: BlockJob, data: Data, key: str, alpha: float) -> Tensor:
+    """(max |x|)^alpha / (max |w|)^(1 - alpha) [input_width], around 1; channels that share a scale share the maxima."""
+    sizes = job.block.sizes
+    linear = cast(FloatLinear, job.block.linears[key])
+    probe, largest = copied(job.block), torch.full((linear.weight.shape[1],), TINY)
+
+    def watch(x: Tensor) -> Tensor:
+        largest.copy_(torch.maximum(largest, x.abs().amax(dim=tuple(range(x.dim() - 1)))))
+        return linear(x)
+
+    probe.linears[key] = watch
+    for rows in torch.split(data.training[:RANGE_SEGMENTS], job.batch):
+        probe.dense(data.inputs.rows(rows), job.cos, job.sin)
+    weight = linear.weight.abs().amax(dim=0).clamp_min(TINY)
+    if key == "o":
+        heads = (sizes.kv_heads, -1, sizes.head_dim)
+        largest, weight = (t.view(heads).amax(dim=1).reshape(-1) for t in (largest, weight))
+    scales = largest**alpha / weight ** (1 - alpha)
+    return scales / (scales.max() * scales.min()).sqrt()
