@@ -168,8 +168,7 @@ def _measure(
     y = torch.empty(m, n)
     quantized = _Timed([partial(qlinear_cpu.qlinear, x, w, out=y) for w in weights])
     fp32, bf16 = (
-        _Timed([partial(F.linear, x.to(dtype), w) for w in floats[dtype]])
-        for dtype in (torch.float32, torch.bfloat16)
+        _Timed([partial(F.linear, x.to(dtype), w) for w in floats[dtype]]) for dtype in (torch.float32, torch.bfloat16)
     )
     bandwidth = []
     for _ in range(rounds):

@@ -37,9 +37,7 @@ def test_auto_falls_back_and_says_why(without_native: None) -> None:
 
 
 def test_an_explicit_backend_never_falls_back(without_native: None) -> None:
-    with pytest.raises(
-        NoKernel, match="no kernel for qlinear on cpu in int4-g32: cpu is broken for this test"
-    ):
+    with pytest.raises(NoKernel, match="no kernel for qlinear on cpu in int4-g32: cpu is broken for this test"):
         resolve("qlinear", device="cpu", backend="cpu", format=W4)
     with pytest.raises(NoKernel, match="no body is called 'opencl'"):
         resolve("qlinear", device="cpu", backend="opencl")  # type: ignore[arg-type]
@@ -56,9 +54,7 @@ def test_a_width_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("op", ["qlinear", "embedding"])
 def test_pack_and_run_of_one_resolution_belong_together(op: str) -> None:
-    w = QTensor(
-        torch.ones(3, 32, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.uint8), torch.ones(3, 1), W4
-    )
+    w = QTensor(torch.ones(3, 32, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.uint8), torch.ones(3, 1), W4)
     argument = torch.ones(2, 32) if op == "qlinear" else torch.tensor([0, 2])
     for chosen in {resolve(op, device="cpu", format=W4).backend, "reference"}:
         body = resolve(op, device="cpu", backend=chosen, format=W4)  # type: ignore[arg-type]

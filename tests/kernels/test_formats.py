@@ -45,10 +45,7 @@ def test_streams_are_the_integer_they_describe_and_come_back(
     data: st.DataObject, bits: int, rows: int, periods: int
 ) -> None:
     count = 32 * periods
-    values = [
-        data.draw(st.lists(st.integers(0, (1 << bits) - 1), min_size=count, max_size=count))
-        for _ in range(rows)
-    ]
+    values = [data.draw(st.lists(st.integers(0, (1 << bits) - 1), min_size=count, max_size=count)) for _ in range(rows)]
     codes = torch.tensor(values, dtype=torch.uint8)
     words = pack_stream(codes, bits)
     assert words.shape == (rows, count * bits // 32)

@@ -102,9 +102,7 @@ def test_cpu_is_within_the_derived_bound_and_equals_its_definition(
             assert bool((whole[0] == POISON).all()), "a row before the output was written"
             assert bool((whole[-1] == POISON).all()), "a row after the output was written"
             terms = rounded.abs() @ dequantize(w).double().abs().T + bias.double().abs()
-            assert bool(((y.double() - want).abs() <= 1e-5 * terms).all()), (
-                f"M{m} N{n} K{k}: not its own definition"
-            )
+            assert bool(((y.double() - want).abs() <= 1e-5 * terms).all()), f"M{m} N{n} K{k}: not its own definition"
             error = (y.double() - exact(x, w) - bias.double()).abs()
             limit = bound(x, w) + EPS * (want.abs() + bias.double().abs())
             assert bool((error <= limit).all()), f"M{m} N{n} K{k}: outside the bound"
@@ -151,9 +149,7 @@ def test_extreme_codes_do_not_overflow(bits: int, group_size: int, isas: tuple[s
     fmt = Format(bits=bits, group_size=group_size)
     n, k = 17, 256
     groups = fmt.groups(k)
-    rows = [torch.full((k,), sign) for sign in (1.0, -1.0)] + [
-        torch.ones(k) * torch.tensor([1.0, -1.0]).repeat(k // 2)
-    ]
+    rows = [torch.full((k,), sign) for sign in (1.0, -1.0)] + [torch.ones(k) * torch.tensor([1.0, -1.0]).repeat(k // 2)]
     x = torch.stack([*rows, *rows])
     for code, zero in itertools.product((0, fmt.qmax), (0, fmt.qmax)):
         w = QTensor(
