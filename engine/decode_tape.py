@@ -116,7 +116,7 @@ class DecodeTapes:
             hidden = self.decoder.hidden(batch, self.cache, self._cos, self._sin)
             logits = self.decoder.logits(hidden)
             ids, peaks = self.decoder.ops.argmax(logits)
-        decoded = Decoded(logits, Highest(memoryview(ids.numpy()), memoryview(peaks.numpy())))
+        decoded = Decoded(logits, Highest(ids.numpy().data, peaks.numpy().data))
         tape = recording.tape()
         if tape is None:
             self.refusal = recording.refusal
