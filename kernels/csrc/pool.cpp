@@ -117,7 +117,8 @@ class Pool {
 
   void work(uint32_t seen) {
     for (;;) {
-      auto waiting = [&] { return range_of(ticket_.load(std::memory_order_acquire)) == seen; };
+      // A thread that was late for the last range may have taken the number of the one that ends it all for its own.
+      auto waiting = [&] { return !stopping_ && range_of(ticket_.load(std::memory_order_acquire)) == seen; };
       for (int spins = 0; spins < kSpins && waiting(); ++spins) pause();
       // In a session, still awake, but out of the way of a thread that has work and no core.
       while (awake_.load(std::memory_order_relaxed) && waiting()) pause(), std::this_thread::yield();
