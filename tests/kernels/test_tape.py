@@ -282,3 +282,13 @@ def test_tapes_and_single_ops_on_several_threads(isas: tuple[str, ...]) -> None:
         thread.join(timeout=60)
         assert not thread.is_alive()
     assert wrong == []
+
+
+def test_threads_may_be_sent_away_right_after_an_op(isas: tuple[str, ...]) -> None:
+    """A worker that comes late to a range and finds the pool closing leaves; it does not wait for another range."""
+    x, w = torch.randn(1, HIDDEN), weight(2000, HIDDEN)
+    expected = qlinear(x, w)
+    for count in range(150):
+        native.set_threads(2 + count % 3)
+        assert torch.equal(qlinear(x, w), expected)
+        native.set_threads(1)
