@@ -4,11 +4,12 @@ The first phase of Chen, Shao, Xu, Wang, Zhang, Gao, Zhang, Qiao and Luo, "Effic
 Training for Large Language Models", ACL 2025 (its second phase, step sizes of the whole model end to end, is not part
 of this method). The gradient takes rounding for the identity (fake_quantize.py); zero points end as integers.
 
-It starts from the codes of GPTQ, or of rounding to nearest, where the float weights are the original ones. GPTQ hands
-over codes and ranges; the float weight behind a code is then the original one where that lies near it, else the
-nearest point that does, well inside the border, so that training begins exactly at GPTQ's result and does not leave
-it at once. Rates are in units that hold for any model: those of weights and step sizes in mean step sizes of the
-site, that of zero points in codes, that of norms in their mean size.
+It starts from the codes of GPTQ, its ranges those of least weight error and its columns in order of importance, or of
+rounding to nearest with such ranges, where the float weights are the original ones. GPTQ hands over codes and ranges;
+the float weight behind a code is then the original one where that lies near it, else the nearest point that does,
+well inside the border, so that training begins exactly at GPTQ's result and does not leave it at once. Rates are in
+units that hold for any model: those of weights and step sizes in mean step sizes of the site, that of zero points in
+codes, that of norms in their mean size.
 
 Training all weights on little text fits that text: take at least 256 sequences of 512 tokens. Where the held-out text
 shows no gain, the start is what is kept.
@@ -31,7 +32,8 @@ from dibit.quantize.block import BlockJob, QuantizedBlock, low_bit_block, quanti
 from dibit.quantize.fake_quantize import fake_quantize, straight
 from dibit.quantize.fold import copied
 from dibit.quantize.methods.gptq import GPTQ
-from dibit.quantize.stats import Need
+from dibit.quantize.methods.rtn import RTN
+from dibit.quantize.stats import Method, Need
 from dibit.quantize.trainer import Group, Schedule, TrainingFailure, held_out_loss, prepare, train
 
 STARTS = ("gptq", "rtn")
@@ -63,9 +65,9 @@ class BlockAP:
     steps: int = 128
     batch: int = 4
     held_out: float = 0.0625
-    weight_rate: float = 2e-3
-    scale_rate: float = 1e-2
-    zero_rate: float = 5e-3
+    weight_rate: float = 1e-3
+    scale_rate: float = 2e-3
+    zero_rate: float = 2e-3
     norm_rate: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -83,12 +85,14 @@ class BlockAP:
         data = prepare(job, self.schedule())
         rounded = rounded_block(job, symmetric=self.symmetric, reason="")
         baseline = held_out_loss(job, low_bit_block(job, rounded.weights), data)
-        first = rounded.weights if self.start == "rtn" else self._gptq(job)
+        first, notes = self._first(job)
         learned = Learned(self, job, first)
         try:
             report = train(job, learned, self.schedule(), data, baseline=baseline)
         except TrainingFailure as failure:
-            return QuantizedBlock(first, method=self.start, fallback=str(failure), training=failure.report)
+            course = dataclasses.replace(failure.report, notes=(*notes, *failure.report.notes))
+            return QuantizedBlock(first, method=self.start, fallback=str(failure), training=course)
+        report = dataclasses.replace(report, notes=(*notes, *report.notes))
         if min(loss for _, loss in report.validation) > baseline:
             reason = "rounding to nearest loses less on the held-out text"
             return dataclasses.replace(rounded, fallback=reason, training=report)
@@ -96,11 +100,17 @@ class BlockAP:
             norms = learned.norms()
             return QuantizedBlock(learned.quantized(), norms["attn_norm"], norms["mlp_norm"], training=report)
 
-    def _gptq(self, job: BlockJob) -> dict[str, QTensor]:
+    def _first(self, job: BlockJob) -> tuple[dict[str, QTensor], tuple[str, ...]]:
+        """First codes by site name, and what is to be noted about them."""
         job.tell(f"layers.{job.layer}, first codes")
+        start: Method = RTN(symmetric=self.symmetric, range_search=True)
+        if self.start == "gptq":
+            start = GPTQ(symmetric=self.symmetric, range_search=True, static_groups=True, act_order=True)
         apart = dataclasses.replace(job, block=copied(job.block))
-        found = quantize_block(apart, GPTQ(symmetric=self.symmetric), name="gptq", progress=lambda site: None)
-        return {site.name: concat_rows(list(result.parts)) for site, result in zip(job.sites, found.sites, strict=True)}
+        found = quantize_block(apart, start, name=self.start, progress=lambda site: None).sites
+        weights = {site.name: concat_rows(list(one.parts)) for site, one in zip(job.sites, found, strict=True)}
+        failed = [one.report for one in found if one.report.fallback is not None]
+        return weights, tuple(f"{report.site} starts from rtn: {report.fallback}" for report in failed)
 
 
 @dataclass(frozen=True)

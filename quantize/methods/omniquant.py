@@ -8,12 +8,14 @@ Large Language Models", ICLR 2024; here for weights only. Two parts, trained tog
                of up in front (fold.py); only pairs for which the block computes the same, so that the result is an
                ordinary checkpoint: v and o share the scales of a kv head
 
-Both start as in the paper, σ = 0.982 and (max |x|)^α / (max |w|)^(1-α); the transform starts from no scaling where
-that loses less on the held-out text. Other than in the released code, gradients pass through the zero point, which
-makes them exact for weights that are cut off, and scales are trained as logarithms, so that they stay positive
-without being cut off. Where rounding to nearest loses less on the held-out text, the block is rounded to nearest.
+The transform starts as in the paper, (max |x|)^α / (max |w|)^(1-α), or from no scaling where that loses less on the
+held-out text. Clipping starts from the range of least weight error (rtn.py), which few steps do not reach from the
+paper's σ = 0.982 at low widths; `search=false` starts there. Other than in the released code, gradients pass through
+the zero point, which makes them exact for weights that are cut off, and scales are trained as logarithms, so that they
+stay positive without being cut off. Where rounding to nearest loses less on the held-out text, the block is rounded
+to nearest.
 
-The options that matter: `steps`, and with few of them a larger `clip_rate`.
+The options that matter: `steps`, and with few of them `clip_rate`.
 """
 
 from __future__ import annotations
@@ -32,10 +34,13 @@ from dibit.kernels.formats import Format, QTensor, round_scales
 from dibit.quantize.block import BlockJob, QuantizedBlock, low_bit_block, rounded_block
 from dibit.quantize.fake_quantize import fake_quantize, straight
 from dibit.quantize.fold import copied, fold, input_width
+from dibit.quantize.methods.rtn import choose_ranges
 from dibit.quantize.stats import Need
 from dibit.quantize.trainer import Data, Group, Schedule, TrainingFailure, held_out_loss, prepare, train
 
-FIRST_LOGIT = 4.0
+# Of the released code; the largest share of a range that clipping may start from.
+FIRST_SHARE = 0.982
+LEAST_SHARE = 0.05
 # Segments looked at for the largest inputs, and the least input or weight that a scale is computed from.
 RANGE_SEGMENTS = 16
 TINY = 1e-5
@@ -51,6 +56,7 @@ class OmniQuant:
     steps           optimizer steps for each block
     batch           calibration sequences in a step
     held_out        share of the calibration sequences that chooses the state to keep
+    search          start from the ranges of least weight error instead of nearly the whole ones
     clip_rate       learning rate of the clipping logits
     transform       learn scales at the norms and between v and o
     transform_down  learn scales between up and down too
@@ -64,6 +70,7 @@ class OmniQuant:
     steps: int = 160
     batch: int = 2
     held_out: float = 0.125
+    search: bool = True
     clip_rate: float = 5e-2
     transform: bool = True
     transform_down: bool = False
@@ -118,10 +125,13 @@ class Learned:
         self._method, self._job = method, job
         self.scales = {key: value.requires_grad_() for key, value in scales.items()}
         self.logits: dict[str, tuple[Tensor, Tensor]] = {}
+        with torch.no_grad():
+            folded = self.folded()
         for site in job.sites:
-            shape = (site.n, job.formats[site.name].groups(site.k))
-            upper, lower = (torch.full(shape, FIRST_LOGIT, requires_grad=True) for _ in range(2))
-            self.logits[site.key] = upper, lower
+            first = self._first_shares(
+                cast(FloatLinear, folded.linears[site.key]).weight, job.formats[site.name]
+            ).logit()
+            self.logits[site.key] = first.clone().requires_grad_(), first.requires_grad_()
 
     def groups(self) -> Sequence[Group]:
         clipping = Group([t for pair in self.logits.values() for t in pair], self._method.clip_rate)
@@ -156,6 +166,13 @@ class Learned:
 
     def project(self) -> None:
         pass
+
+    def _first_shares(self, w: Tensor, format: Format) -> Tensor:
+        full, _ = format.ranges(w, symmetric=self._method.symmetric)
+        if not self._method.search:
+            return torch.full_like(full, FIRST_SHARE)
+        best, _ = choose_ranges(w, format, symmetric=self._method.symmetric, search=True)
+        return (best / full).clamp(LEAST_SHARE, FIRST_SHARE)
 
     def _ranges(self, w: Tensor, format: Format, key: str) -> tuple[Tensor, Tensor]:
         """Scales and zeros [N, K/G] of the clipped `w`, whose ranges always include 0."""
