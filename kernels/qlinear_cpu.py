@@ -2,7 +2,7 @@
 
 Weights keep exactly their bits; scales stay float16 where that is exact and float32 otherwise; zero points are
 integers. Activations are rounded to int8 once per call, symmetric, with one float32 scale per block of
-min(group_size, 64) columns, so an output differs from the reference by at most
+min(group_size, 32) columns, so an output differs from the reference by at most
 
     sum over blocks of  (s_a / 2) * sum over the block of |w|,        s_a = max|x| over the block / 127
 
@@ -25,7 +25,7 @@ from dibit.kernels.contract import Dims
 from dibit.kernels.formats import PER_CHANNEL, Format, FormatError, QTensor
 
 PANEL_ROWS = 16
-MAX_BLOCK = 64
+MAX_BLOCK = 32
 
 _CODE_TOO_LARGE = 2
 

@@ -13,7 +13,7 @@
 // Columns are padded with zero codes to whole blocks (3 bits: to 32 columns at least), rows to whole panels.
 //
 // Activations are quantized once per call: symmetric int8 in [-127, 127], one float32 scale per block of
-// min(group, 64) columns. With integer sums per block, exact in int32,
+// min(group, 32) columns (the library takes 16, 32 or 64). With integer sums per block, exact in int32,
 //
 //   y[m, n] = sum over blocks b in ascending order of  (isum - z * asum) * (s_w * s_a)     one fma each, from 0
 //
