@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dibit.engine.models.decoder import Block, FloatLinear
 from dibit.engine.models.spec import Sizes
+from dibit.quantize.fake_quantize import straight
 
 
 def copied(block: Block) -> Block:
@@ -47,7 +48,9 @@ def fold(block: Block, key: str, scales: Tensor, *, stored: torch.dtype = torch.
     if key in ("qkv", "gate_up"):
         name = "attn_norm" if key == "qkv" else "mlp_norm"
         norm = cast(Tensor, getattr(block, name))
-        divided = (norm / scales).to(stored).float()
+        # Straight through, or gradients would be rounded to that type as well.
+        exact = norm / scales
+        divided = straight(exact, exact.detach().to(stored).float())
         usable = (divided != 0) & divided.isfinite()
         # Chosen before it is divided by, or the gradient of what is not chosen would be NaN.
         divided = torch.where(usable, divided, norm)

@@ -13,7 +13,8 @@ held-out text. Clipping starts from the range of least weight error (rtn.py), wh
 paper's σ = 0.982 at low widths; `search=false` starts there. Other than in the released code, gradients pass through
 the zero point, which makes them exact for weights that are cut off, and scales are trained as logarithms, so that they
 stay positive without being cut off. Where rounding to nearest loses less on the held-out text, the block is rounded
-to nearest.
+to nearest. At 2 bits the wanted output is halfway between that of the float model and what the float block makes of the
+quantized blocks' hidden states, the paper's second loss.
 
 The options that matter: `steps`, and with few of them `clip_rate`.
 """
