@@ -59,12 +59,14 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("models/figures"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--table", action="store_true", help="print the table of what has been measured, and end")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
-    for variant in VARIANTS:
-        make(variant, args)
-    for variant in VARIANTS:
-        measure(variant, args)
+    if not args.table:
+        for variant in VARIANTS:
+            make(variant, args)
+        for variant in VARIANTS:
+            measure(variant, args)
     print(table(args))
 
 
@@ -109,7 +111,8 @@ def table(args: argparse.Namespace) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant in VARIANTS:
-        quality = read(args.results / f"{variant.name}-ppl.json")
+        quality = args.results / f"{variant.name}-ppl.json"
+        ppl = f"{read(quality)['ppl']:.2f}" if quality.exists() else "not measured"
         speeds = args.results / f"{variant.name}-decode.json"
         cells = ["", "", "", "", ""]
         if speeds.exists():
@@ -120,7 +123,7 @@ def table(args: argparse.Namespace) -> str:
                 f"{by_batch[1]['bandwidth_share']:.0%}",
             ]
         name = "float32" if variant.method is None else f"{variant.bits} bits, {variant.method.upper()}"
-        lines.append("| " + " | ".join([name, size(variant, args), f"{quality['ppl']:.2f}", *cells]) + " |")
+        lines.append("| " + " | ".join([name, size(variant, args), ppl, *cells]) + " |")
     return "\n".join(lines)
 
 
