@@ -3,11 +3,12 @@
 Every sequence gets its own random prompt of `prompt_len` tokens. Prefill is timed over the steps until the last
 sequence has its first token; decode over the steps in which all sequences draw one token each, `gen_len` of them.
 Tokenizing, sampling (greedy), scheduling and detokenizing are inside the time. The read bandwidth is measured before
-and after every configuration, in the same process, on the same threads.
+every run, in the same process, on the same threads.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import statistics
 import time
@@ -31,6 +32,7 @@ BANDWIDTH_BYTES = 1 << 30
 class DecodeResult:
     """Medians over `repeats` runs of one batch size.
 
+    decode_step_ms_runs     the step's time in every run; decode_step_ms is their median
     weight_bytes_per_token  bytes of weights that one decode step reads, over the tokens it makes
     weight_gb_s             bytes of weights read per second of decoding, 1e9 bytes
     bandwidth_gb_s          read bandwidth of memory on the same threads, measured in the same run
@@ -47,6 +49,7 @@ class DecodeResult:
     prefill_tok_s: float
     decode_tok_s: float
     decode_step_ms: float
+    decode_step_ms_runs: list[float]
     weight_bytes_per_token: float
     weight_gb_s: float
     bandwidth_gb_s: float
@@ -83,7 +86,7 @@ class _Watch:
 
 
 def run_decode(
-    model: str,
+    models: Sequence[str],
     config: EngineConfig,
     *,
     prompt_len: int = 512,
@@ -91,7 +94,11 @@ def run_decode(
     batch_sizes: Sequence[int] = (1, 8, 32),
     repeats: int = 3,
 ) -> list[DecodeResult]:
-    """One result per batch size. Raises ConfigError when a batch does not fit the engine's settings."""
+    """One result per model and batch size, by model. Several models are held together and take turns within every
+    repeat, so that their ratios hold where the machine's speed drifts.
+
+    Raises ConfigError when a batch does not fit the engine's settings.
+    """
     largest = max(batch_sizes)
     if min(prompt_len, gen_len, repeats, *batch_sizes) < 1:
         raise ConfigError("prompt-len, gen-len, repeats and batch sizes must be at least 1")
@@ -99,20 +106,21 @@ def run_decode(
         raise ConfigError(f"batch {largest} with --max-num-seqs {config.max_num_seqs}; raise --max-num-seqs")
     if (reason := native.unavailable()) is not None:
         raise ConfigError(f"bench decode measures the C++ kernels and the bandwidth they read with; {reason}")
-    core = build_core(model, config)
-    assert isinstance(core.runner, ModelRunner)
-    watch = _Watch(core.runner)
-    core.runner = watch
-    held = largest * -(-_longest(core, largest, prompt_len, gen_len) // watch.block_size)
-    if held > watch.num_blocks or _longest(core, largest, prompt_len, gen_len) > core.max_model_len:
-        raise ConfigError(
-            f"batch {largest} with {prompt_len} + {gen_len} tokens needs {held} KV blocks of {watch.block_size} tokens "
-            f"and a context of {_longest(core, largest, prompt_len, gen_len)}; there are {watch.num_blocks} blocks and "
-            f"{core.max_model_len} tokens of context. Raise --kv-bytes, or lower the lengths or the batch"
-        )
-    _run(core, watch, 1, prompt_len=min(prompt_len, 64), gen_len=min(gen_len, 8), seed=0)
+    config = dataclasses.replace(config, kv_memory_share=config.kv_memory_share / len(models))
+    benches = [_Bench.of(model, config) for model in models]
+    for bench in benches:
+        bench.check(largest, prompt_len=prompt_len, gen_len=gen_len)
+        bench.run(1, prompt_len=min(prompt_len, 64), gen_len=min(gen_len, 8), seed=0)
+    facts = machine_facts()
+    measured: dict[tuple[int, int], list[_Run]] = {}
+    for batch in batch_sizes:
+        for repeat in range(repeats):
+            for index, bench in enumerate(benches):
+                run = bench.run(batch, prompt_len=prompt_len, gen_len=gen_len, seed=repeat)
+                measured.setdefault((index, batch), []).append(run)
     return [
-        _measure(core, watch, model, batch, prompt_len=prompt_len, gen_len=gen_len, repeats=repeats)
+        _result(bench, batch, measured[index, batch], facts, prompt_len=prompt_len, gen_len=gen_len)
+        for index, bench in enumerate(benches)
         for batch in batch_sizes
     ]
 
@@ -120,102 +128,122 @@ def run_decode(
 def format_table(results: Sequence[DecodeResult]) -> str:
     """The figures as a Markdown table."""
     lines = [
-        "| batch | prefill tok/s | decode tok/s | step ms | in tape | weight MB/token | weight GB/s | of bandwidth |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | bits | batch | prefill tok/s | decode tok/s | step ms | in tape | MB/token | GB/s | of bandwidth |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {r.batch} | {r.prefill_tok_s:.0f} | {r.decode_tok_s:.1f} | {r.decode_step_ms:.2f} | {r.tape_share:.1%} | "
-        f"{r.weight_bytes_per_token / 1e6:.1f} | {r.weight_gb_s:.1f} | "
+        f"| {r.model} | {r.bits:g} | {r.batch} | {r.prefill_tok_s:.0f} | {r.decode_tok_s:.1f} | "
+        f"{r.decode_step_ms:.2f} | {r.tape_share:.1%} | {r.weight_bytes_per_token / 1e6:.1f} | {r.weight_gb_s:.1f} | "
         f"{r.bandwidth_share:.0%} of {r.bandwidth_gb_s:.1f} |"
         for r in results
     ]
     first = results[0]
-    return "\n".join(
-        [
-            f"{first.model}: {first.bits:g} bits, group {first.group_size}, {first.threads} threads, {first.isa}",
-            "",
-            *lines,
-        ]
-    )
+    return "\n".join([f"{first.threads} threads, {first.isa}", "", *lines])
 
 
-def _longest(core: EngineCore, batch: int, prompt_len: int, gen_len: int) -> int:
-    """Tokens that a sequence may reach: the first one decodes while the others are still prefilled."""
-    steps = -(-batch * prompt_len // max(1, core.config.max_batch_tokens - batch)) + batch
-    return prompt_len + gen_len + steps + 2
-
-
-def _measure(
-    core: EngineCore, watch: _Watch, model: str, batch: int, *, prompt_len: int, gen_len: int, repeats: int
+def _result(
+    bench: _Bench, batch: int, runs: Sequence[_Run], facts: MachineFacts, *, prompt_len: int, gen_len: int
 ) -> DecodeResult:
-    facts = machine_facts()
-    runner = watch.runner
-    prefill, decode, shares, tapes, bandwidth = [], [], [], [], [read_bandwidth(facts.threads, BANDWIDTH_BYTES)]
-    for repeat in range(repeats):
-        prefill_s, decode_s, model_s, tape_s = _run(
-            core, watch, batch, prompt_len=prompt_len, gen_len=gen_len, seed=repeat
-        )
-        prefill.append(batch * prompt_len / prefill_s)
-        decode.append(decode_s / gen_len)
-        shares.append(model_s / decode_s)
-        tapes.append(tape_s / decode_s)
-        bandwidth.append(read_bandwidth(facts.threads, BANDWIDTH_BYTES))
-    step_s = statistics.median(decode)
-    weight_bytes = runner.decoder.step_bytes
-    bandwidth_gb_s = statistics.median(bandwidth)
-    weight_gb_s = weight_bytes / step_s / 1e9
-    held = runner.decoder.format
+    decoder = bench.watch.runner.decoder
+    step_s = statistics.median(run.decode_s for run in runs) / gen_len
+    weight_gb_s = decoder.step_bytes / step_s / 1e9
+    bandwidth_gb_s = statistics.median(run.bandwidth_gb_s for run in runs)
     return DecodeResult(
-        model=model,
+        model=bench.model,
         batch=batch,
         prompt_len=prompt_len,
         gen_len=gen_len,
-        prefill_tok_s=statistics.median(prefill),
+        prefill_tok_s=batch * prompt_len / statistics.median(run.prefill_s for run in runs),
         decode_tok_s=batch / step_s,
         decode_step_ms=step_s * 1e3,
-        weight_bytes_per_token=weight_bytes / batch,
+        decode_step_ms_runs=[run.decode_s / gen_len * 1e3 for run in runs],
+        weight_bytes_per_token=decoder.step_bytes / batch,
         weight_gb_s=weight_gb_s,
         bandwidth_gb_s=bandwidth_gb_s,
         bandwidth_share=weight_gb_s / bandwidth_gb_s,
-        model_share=statistics.median(shares),
-        tape_share=statistics.median(tapes),
+        model_share=statistics.median(run.model_s / run.decode_s for run in runs),
+        tape_share=statistics.median(run.tape_s / run.decode_s for run in runs),
         threads=facts.threads,
         isa=facts.isa,
-        bits=32 if held is None else held.bits,
-        group_size=0 if held is None else held.group_size,
-        repeats=repeats,
+        bits=32 if decoder.format is None else decoder.format.bits,
+        group_size=0 if decoder.format is None else decoder.format.group_size,
+        repeats=len(runs),
         machine=facts,
     )
 
 
-def _run(
-    core: EngineCore, watch: _Watch, batch: int, *, prompt_len: int, gen_len: int, seed: int
-) -> tuple[float, float, float, float]:
-    """Seconds of prefill, of `gen_len` decode steps, and of the runner and of its tapes within those steps."""
-    draw = random.Random(seed)
-    params = SamplingParams(
-        temperature=0.0, ignore_eos=True, max_tokens=_longest(core, batch, prompt_len, gen_len) - prompt_len
-    )
-    names = [f"bench-{batch}-{seed}-{i}" for i in range(batch)]
-    for name in names:
-        # A prompt of its own for each: a shared one would come from the prefix cache.
-        core.add_request(name, [draw.randrange(core.tokenizer.vocab_size) for _ in range(prompt_len)], params)
-    started_s = time.perf_counter()
-    waiting = set(names)
-    while waiting:
-        waiting -= {output.request_id for output in core.step() if output.token_ids}
-    prefill_s = time.perf_counter() - started_s
-    decode_s = model_s = tape_s = 0.0
-    for _ in range(gen_len):
+@dataclass(frozen=True)
+class _Run:
+    """Seconds of prefill, of all decode steps, and of the runner and of its tapes within those steps."""
+
+    prefill_s: float
+    decode_s: float
+    model_s: float
+    tape_s: float
+    bandwidth_gb_s: float
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A model, ready to run."""
+
+    model: str
+    core: EngineCore
+    watch: _Watch
+
+    @classmethod
+    def of(cls, model: str, config: EngineConfig) -> _Bench:
+        core = build_core(model, config)
+        assert isinstance(core.runner, ModelRunner)
+        watch = _Watch(core.runner)
+        core.runner = watch
+        return cls(model, core, watch)
+
+    def check(self, batch: int, *, prompt_len: int, gen_len: int) -> None:
+        """Raises ConfigError when `batch` sequences of that length do not fit."""
+        core, watch = self.core, self.watch
+        longest = self.longest(batch, prompt_len, gen_len)
+        held = batch * -(-longest // watch.block_size)
+        if held > watch.num_blocks or longest > core.max_model_len:
+            raise ConfigError(
+                f"batch {batch} with {prompt_len} + {gen_len} tokens needs {held} KV blocks of {watch.block_size} "
+                f"tokens and a context of {longest}; {self.model} has {watch.num_blocks} blocks and "
+                f"{core.max_model_len} tokens of context. Raise --kv-bytes, or lower the lengths or the batch"
+            )
+
+    def longest(self, batch: int, prompt_len: int, gen_len: int) -> int:
+        """Tokens that a sequence may reach: the first one decodes while the others are still prefilled."""
+        steps = -(-batch * prompt_len // max(1, self.core.config.max_batch_tokens - batch)) + batch
+        return prompt_len + gen_len + steps + 2
+
+    def run(self, batch: int, *, prompt_len: int, gen_len: int, seed: int) -> _Run:
+        """The bandwidth, then a prefill of `batch` prompts and `gen_len` decode steps."""
+        core, watch = self.core, self.watch
+        bandwidth_gb_s = read_bandwidth(native.threads(), BANDWIDTH_BYTES, passes=1)
+        draw = random.Random(seed)
+        params = SamplingParams(
+            temperature=0.0, ignore_eos=True, max_tokens=self.longest(batch, prompt_len, gen_len) - prompt_len
+        )
+        names = [f"bench-{batch}-{seed}-{i}" for i in range(batch)]
+        for name in names:
+            # A prompt of its own for each: a shared one would come from the prefix cache.
+            core.add_request(name, [draw.randrange(core.tokenizer.vocab_size) for _ in range(prompt_len)], params)
         started_s = time.perf_counter()
-        core.step()
-        decode_s += time.perf_counter() - started_s
-        model_s += watch.elapsed_s
-        tape_s += watch.tape_s
-        if watch.last.num_tokens != batch:
-            raise RuntimeError(f"a decode step computed {watch.last.num_tokens} tokens for {batch} sequences")
-    for name in names:
-        core.abort(name)
-    while core.has_work:
-        core.step()
-    return prefill_s, decode_s, model_s, tape_s
+        waiting = set(names)
+        while waiting:
+            waiting -= {output.request_id for output in core.step() if output.token_ids}
+        prefill_s = time.perf_counter() - started_s
+        decode_s = model_s = tape_s = 0.0
+        for _ in range(gen_len):
+            started_s = time.perf_counter()
+            core.step()
+            decode_s += time.perf_counter() - started_s
+            model_s += watch.elapsed_s
+            tape_s += watch.tape_s
+            if watch.last.num_tokens != batch:
+                raise RuntimeError(f"a decode step computed {watch.last.num_tokens} tokens for {batch} sequences")
+        for name in names:
+            core.abort(name)
+        while core.has_work:
+            core.step()
+        return _Run(prefill_s, decode_s, model_s, tape_s, bandwidth_gb_s)
