@@ -1,5 +1,5 @@
-"""The `dibit` command, and the composition root: the one file that may reach every folder. It imports them lazily,
-so that `dibit --help` is instant and serving never loads the quantizer.
+"""The `dibit` command, and the composition root: with `cli_*.py`, which hold the longer commands, the one place that
+may reach every folder. It imports them lazily, so that `dibit --help` is instant and serving never loads the quantizer.
 
 Every failure ends in one message that says what was found, what is supported and what to do, and in a non-zero exit:
 2 what the caller can mend, 1 everything else, 130 interrupted. DIBIT_DEBUG=1 adds the traceback.
@@ -11,15 +11,16 @@ import logging
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dibit.engine.config import EngineConfig
-from dibit.engine.errors import ConfigError, DibitError, UserError
-from dibit.server import quantize_options as q
-from dibit.server.options import engine_options, parse_assignments, parse_integers
+from dibit.engine.errors import DibitError, UserError
+from dibit.server.cli_bench import bench_app
+from dibit.server.cli_eval import eval_app
+from dibit.server.cli_quantize import quantize
+from dibit.server.options import Json, Model, engine_options
 
 app = typer.Typer(
     help="Quantize language models to 2, 3 or 4 bits and serve them behind the OpenAI API.",
@@ -29,16 +30,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"max_content_width": 110},
 )
-eval_app = typer.Typer(help="Measure a model's quality through the serving runtime.", no_args_is_help=True)
-bench_app = typer.Typer(help="Measure speed, beside the machine's limits.", no_args_is_help=True)
+app.command()(quantize)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
-
-MODEL_HELP = "a directory, a .gguf file, a Hub id, or `demo` (SmolLM2-135M-Instruct)"
-Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
-Json = Annotated[
-    str | None, typer.Option("--json", help="write the figures as JSON to FILE, or - for stdout", metavar="FILE|-")
-]
 
 
 def main() -> None:
@@ -86,73 +80,6 @@ def _setup(
         format="%(asctime)s %(levelname)s %(message)s",
         stream=sys.stderr,
     )
-
-
-@app.command()
-def quantize(
-    model: Model,
-    *,
-    out: q.Out,
-    method: Annotated[str, typer.Option(help="rtn (no calibration), gptq, awq, omniquant or block-ap")] = "rtn",
-    bits: q.Bits = None,
-    group_size: q.GroupSize = None,
-    symmetric: q.Symmetric = False,
-    calibration: q.Text = None,
-    samples: q.Samples = 128,
-    sequence_length: q.SequenceLength = 512,
-    seed: q.Seed = 0,
-    option: q.MethodOptions = None,
-    bits_budget: q.BitsBudget = None,
-    target_size: q.TargetSize = None,
-    bits_choices: q.BitsChoices = None,
-    importance: q.ImportanceName = None,
-    importance_samples: q.ImportanceSamples = None,
-    reverse: q.Reverse = False,
-    plan_file: q.PlanFile = None,
-    save_plan: q.SavePlan = None,
-    overwrite: q.Overwrite = False,
-    revision: Annotated[str | None, typer.Option(help="revision of a Hub model")] = None,
-) -> None:
-    """Make a low-bit checkpoint from a float model.
-
-    Example: dibit quantize demo --out models/demo-4bit --method rtn --bits 4 --group-size 64
-    """
-    from dibit.quantize import METHODS, quantize_checkpoint
-    from dibit.quantize.budget import Budget
-    from dibit.quantize.plan import Plan
-    from dibit.server.progress import quantize_progress
-
-    if method not in METHODS:
-        raise ConfigError(f"method {method!r} is not known; supported: {', '.join(METHODS)}")
-    budget = q.budget_settings(
-        plan=plan_file,
-        bits_budget=bits_budget,
-        target_size=target_size,
-        bits_choices=bits_choices,
-        importance=importance,
-        importance_samples=importance_samples,
-        reverse=reverse,
-    )
-    given = None if plan_file is None else Plan.from_json(q.read_plan(plan_file))
-    with quantize_progress() as progress:
-        report = quantize_checkpoint(
-            model,
-            out,
-            method=METHODS[method](**parse_assignments(METHODS[method], option or [])),
-            bits=bits,
-            group_size=group_size,
-            symmetric=symmetric,
-            calibration=calibration,
-            samples=samples,
-            sequence_length=sequence_length,
-            seed=seed,
-            plan=given if budget is None else Budget(**budget),
-            save_plan=save_plan,
-            overwrite=overwrite,
-            revision=revision,
-            progress=progress,
-        )
-    typer.echo(report.summary())
 
 
 @app.command()
@@ -282,103 +209,3 @@ def doctor(*, json: Json = None) -> None:
     from dibit.server.output import emit
 
     emit(examine(), json)
-
-
-@eval_app.command("ppl")
-@engine_options
-def eval_ppl(
-    model: Model,
-    *,
-    text: Annotated[Path, typer.Option(help="UTF-8 text to predict", metavar="FILE")],
-    ctx: Annotated[int, typer.Option(help="tokens in a window")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="score the first N windows only", metavar="N")] = None,
-    json: Json = None,
-    config: EngineConfig,
-) -> None:
-    """Perplexity on a text, through the kernels that answer requests.
-
-    Example: dibit eval ppl models/demo-4bit --text wiki.test.raw --ctx 2048 --max-windows 32
-    """
-    from dibit.engine import LLM
-    from dibit.engine.build import build_core
-    from dibit.quantize.evaluate import perplexity
-    from dibit.server.output import emit
-    from dibit.server.progress import window_progress
-
-    with LLM.of(build_core(model, config)) as llm, window_progress() as progress:
-        result = perplexity(llm, text, context=ctx, max_windows=max_windows, progress=progress)
-    emit(result, json)
-
-
-@bench_app.command("ops")
-def bench_ops(
-    *,
-    shapes: Annotated[
-        str, typer.Option(help="weights as NxK, separated by commas")
-    ] = "4096x4096,11008x4096,4096x11008",
-    bits: Annotated[str, typer.Option(help="widths")] = "2,3,4,8",
-    group_size: Annotated[int, typer.Option(help="columns that share a scale")] = 64,
-    batch_sizes: Annotated[str, typer.Option(help="tokens per step")] = "1",
-    threads: Annotated[int | None, typer.Option(help="left out: every core this process may use")] = None,
-    json: Json = None,
-) -> None:
-    """Time of the quantized linear per shape and width, against the measured bandwidth and torch in fp32 and bf16.
-
-    Example: dibit bench ops --shapes 4096x4096 --bits 2,4 --batch-sizes 1,64
-    """
-    from dibit.bench import ops
-    from dibit.kernels.formats import FormatError
-    from dibit.kernels.native import NativeError
-    from dibit.server.output import write_json
-
-    pairs = []
-    for shape in shapes.split(","):
-        n, x, k = shape.strip().lower().partition("x")
-        if not (x and n.isdigit() and k.isdigit()):
-            raise ConfigError(f"{shape!r} is not a shape; write for example 4096x11008 (outputs x inputs)")
-        pairs.append((int(n), int(k)))
-    try:
-        results = ops.run_ops(
-            pairs,
-            bits=parse_integers(bits),
-            group_size=group_size,
-            batch_sizes=parse_integers(batch_sizes),
-            threads=threads,
-        )
-    except (FormatError, NativeError) as error:
-        raise ConfigError(str(error)) from error
-    if json != "-":
-        typer.echo(ops.format_table(results))
-    write_json(results, json)
-
-
-@bench_app.command("decode")
-@engine_options
-def bench_decode(
-    models: Annotated[list[str], typer.Argument(help=MODEL_HELP + "; several take turns", metavar="MODEL...")],
-    *,
-    prompt_len: Annotated[int, typer.Option(help="tokens in each prompt")] = 512,
-    gen_len: Annotated[int, typer.Option(help="tokens generated by each sequence")] = 128,
-    batch_sizes: Annotated[str, typer.Option(help="sequences decoded together")] = "1,8,32",
-    repeats: Annotated[int, typer.Option(help="runs of each, the median counts")] = 3,
-    json: Json = None,
-    config: EngineConfig,
-) -> None:
-    """Prefill and decode speed, and the share of the memory bandwidth that decoding reaches.
-
-    Example: dibit bench decode models/demo-4bit --prompt-len 512 --gen-len 128 --batch-sizes 1,8,32 --json -
-    """
-    from dibit.bench import decode
-    from dibit.server.output import write_json
-
-    results = decode.run_decode(
-        models,
-        config,
-        prompt_len=prompt_len,
-        gen_len=gen_len,
-        batch_sizes=parse_integers(batch_sizes),
-        repeats=repeats,
-    )
-    if json != "-":
-        typer.echo(decode.format_table(results))
-    write_json(results, json)

@@ -1,4 +1,5 @@
-"""Command-line options made from the fields of a settings dataclass, so that a default and its help are written once.
+"""Arguments that several commands share, and options made from the fields of a settings dataclass, so that a default
+and its help are written once.
 
 The help of a field is its line in the dataclass's docstring (`name  text`, continued on indented lines).
 """
@@ -17,6 +18,12 @@ import typer
 
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError
+
+MODEL_HELP = "a directory, a .gguf file, a Hub id, or `demo` (SmolLM2-135M-Instruct)"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL")]
+Json = Annotated[
+    str | None, typer.Option("--json", help="write the figures as JSON to FILE, or - for stdout", metavar="FILE|-")
+]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

@@ -1,0 +1,77 @@
+"""`dibit quantize`: a float checkpoint becomes a low-bit one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dibit.engine.errors import ConfigError
+from dibit.server import quantize_options as q
+from dibit.server.options import Model, parse_assignments
+
+
+def quantize(
+    model: Model,
+    *,
+    out: q.Out,
+    method: Annotated[str, typer.Option(help="rtn (no calibration), gptq, awq, omniquant or block-ap")] = "rtn",
+    bits: q.Bits = None,
+    group_size: q.GroupSize = None,
+    symmetric: q.Symmetric = False,
+    calibration: q.Text = None,
+    samples: q.Samples = 128,
+    sequence_length: q.SequenceLength = 512,
+    seed: q.Seed = 0,
+    option: q.MethodOptions = None,
+    bits_budget: q.BitsBudget = None,
+    target_size: q.TargetSize = None,
+    bits_choices: q.BitsChoices = None,
+    importance: q.ImportanceName = None,
+    importance_samples: q.ImportanceSamples = None,
+    reverse: q.Reverse = False,
+    plan_file: q.PlanFile = None,
+    save_plan: q.SavePlan = None,
+    overwrite: q.Overwrite = False,
+    revision: Annotated[str | None, typer.Option(help="revision of a Hub model")] = None,
+) -> None:
+    """Make a low-bit checkpoint from a float model.
+
+    Example: dibit quantize demo --out models/demo-4bit --method rtn --bits 4 --group-size 64
+    """
+    from dibit.quantize import METHODS, quantize_checkpoint
+    from dibit.quantize.budget import Budget
+    from dibit.quantize.plan import Plan
+    from dibit.server.progress import quantize_progress
+
+    if method not in METHODS:
+        raise ConfigError(f"method {method!r} is not known; supported: {', '.join(METHODS)}")
+    budget = q.budget_settings(
+        plan=plan_file,
+        bits_budget=bits_budget,
+        target_size=target_size,
+        bits_choices=bits_choices,
+        importance=importance,
+        importance_samples=importance_samples,
+        reverse=reverse,
+    )
+    given = None if plan_file is None else Plan.from_json(q.read_plan(plan_file))
+    with quantize_progress() as progress:
+        report = quantize_checkpoint(
+            model,
+            out,
+            method=METHODS[method](**parse_assignments(METHODS[method], option or [])),
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            plan=given if budget is None else Budget(**budget),
+            save_plan=save_plan,
+            overwrite=overwrite,
+            revision=revision,
+            progress=progress,
+        )
+    typer.echo(report.summary())
