@@ -1,20 +1,18 @@
 """The `quantization_config` of a checkpoint that dibit writes, in the form other GPTQ loaders read.
 
-Where formats differ between linears, the most common one stands at the top and `dynamic` names the others. A layer
-that has one format throughout gets one pattern, which also matches the fused names (qkv_proj) of other loaders.
+Where formats differ between linears, the most common one stands at the top and `dynamic` names the others.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
+from dibit.engine.checkpoint.module_patterns import float_linears, module_patterns
 from dibit.engine.checkpoint.progress import PackedModule
 
-_LAYER = re.compile(r"(.*\.layers)\.(\d+)\.(.+)")
 _Kind = tuple[int, int] | None
 
 
@@ -31,7 +29,7 @@ def quantization_config(
     """
     kinds: dict[str, _Kind] = {module: (info.bits, info.group_size) for module, info in modules.items()}
     (bits, group_size), _ = Counter((info.bits, info.group_size) for info in modules.values()).most_common(1)[0]
-    kinds.update(dict.fromkeys(_float_linears(names, modules)))
+    kinds.update(dict.fromkeys(float_linears(names, modules)))
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
@@ -49,40 +47,11 @@ def quantization_config(
     return config
 
 
-def _float_linears(names: Iterable[str], modules: Mapping[str, PackedModule]) -> list[str]:
-    """Projections inside layers that were left in float. Norms have no such name in any supported family."""
-    found = [name.removesuffix(".weight") for name in names if name.endswith("_proj.weight")]
-    return [module for module in found if _LAYER.fullmatch(module) and module not in modules]
-
-
 def _dynamic(kinds: Mapping[str, _Kind], default: _Kind) -> dict[str, dict[str, int]]:
-    layers: dict[tuple[str, str], dict[str, _Kind]] = defaultdict(dict)
     rules: dict[str, dict[str, int]] = {}
-    for module, kind in kinds.items():
-        match = _LAYER.fullmatch(module)
-        if match:
-            layers[match[1], match[2]][match[3]] = kind
-        elif kind != default:
-            rules |= _rule(re.escape(module) + "$", kind)
-    whole: dict[tuple[str, _Kind], list[str]] = defaultdict(list)
-    parts: dict[tuple[str, str, _Kind], list[str]] = defaultdict(list)
-    for (prefix, layer), own in layers.items():
-        if len(set(own.values())) == 1:
-            whole[prefix, next(iter(own.values()))].append(layer)
-        else:
-            for module, kind in own.items():
-                parts[prefix, module, kind].append(layer)
-    for (prefix, module, kind), numbers in parts.items():
-        if kind != default:
-            rules |= _rule(rf"{re.escape(prefix)}\.{_either(numbers)}\.{re.escape(module)}$", kind)
-    for (prefix, kind), numbers in whole.items():
-        if kind != default:
-            rules |= _rule(rf"{re.escape(prefix)}\.{_either(numbers)}\.", kind)
+    for pattern, kind in module_patterns(kinds, default):
+        rules |= _rule(pattern, kind)
     return rules
-
-
-def _either(numbers: list[str]) -> str:
-    return numbers[0] if len(numbers) == 1 else f"(?:{'|'.join(numbers)})"
 
 
 def _rule(pattern: str, kind: _Kind) -> dict[str, dict[str, int]]:

@@ -35,12 +35,12 @@ def parse_quantization(raw: Mapping[str, Any], source: str, *, default_method: s
 
     Raises CheckpointError on another method, an unsupported format, or contradictory keys.
     """
-    method = _alias(raw, "quant_method", source) or default_method
+    method = alias(raw, "quant_method", source) or default_method
     if method != "gptq":
         found = f"quant_method {method!r}" if method else "no quant_method"
         hint = _HINTS.get(str(method), "quantize the float model with `dibit quantize`, or use a GPTQ checkpoint of it")
         raise CheckpointError(f"{source} has {found}; supported: {SUPPORTED}. To use this model, {hint}")
-    label = _alias(raw, "checkpoint_format", source) or "gptq"
+    label = alias(raw, "checkpoint_format", source) or "gptq"
     if label not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"{source} has checkpoint_format {label!r}; supported: gptq, gptq_v2. Export it again so")
     if raw.get("pack_dtype", "int32") != "int32":
@@ -48,42 +48,42 @@ def parse_quantization(raw: Mapping[str, Any], source: str, *, default_method: s
     for key in _MUST_BE_UNSET:
         if raw.get(key):
             raise CheckpointError(f"{source} sets {key}, which is not supported; export the model again without it")
-    bits = _integer(_alias(raw, "bits", source), "bits", source)
-    group_size = _integer(_alias(raw, "group_size", source), "group_size", source)
-    _format(bits, group_size, source)
+    bits = whole_number(alias(raw, "bits", source), "bits", source)
+    group_size = whole_number(alias(raw, "group_size", source), "group_size", source)
+    checked_format(bits, group_size, source)
     return Quantization(
         method="gptq",
         bits=bits,
         group_size=group_size,
-        symmetric=_symmetric(raw, source),
+        symmetric=symmetric_of(raw, source),
         checkpoint_format=cast(CheckpointFormat, label),
         act_order=bool(raw.get("desc_act", False)),
-        quantizer=_quantizer(raw),
+        quantizer=quantizer_of(raw),
         dynamic=_rules(raw.get("dynamic") or {}, bits, group_size, source),
     )
 
 
-def _alias(raw: Mapping[str, Any], key: str, source: str) -> Any:
+def alias(raw: Mapping[str, Any], key: str, source: str) -> Any:
     found = {name: raw[name] for name in _ALIASES[key] if raw.get(name) is not None}
     if any(value != next(iter(found.values())) for value in found.values()):
         raise CheckpointError(f"{source} contradicts itself: {', '.join(f'{k}={v!r}' for k, v in found.items())}")
     return next(iter(found.values()), None)
 
 
-def _integer(value: Any, key: str, source: str) -> int:
+def whole_number(value: Any, key: str, source: str) -> int:
     if type(value) is not int:
         raise CheckpointError(f"{source} has {key} {value!r}; expected a whole number")
     return value
 
 
-def _format(bits: int, group_size: int, source: str) -> Format:
+def checked_format(bits: int, group_size: int, source: str) -> Format:
     try:
         return Format(bits, group_size)
     except FormatError as error:
         raise CheckpointError(f"{source}: {error}. Quantize the float model again with `dibit quantize`") from error
 
 
-def _symmetric(raw: Mapping[str, Any], source: str) -> bool:
+def symmetric_of(raw: Mapping[str, Any], source: str) -> bool:
     sym, zero_point = raw.get("sym"), raw.get("zero_point")
     for key, value in (("sym", sym), ("zero_point", zero_point)):
         if value is not None and not isinstance(value, bool):
@@ -95,7 +95,7 @@ def _symmetric(raw: Mapping[str, Any], source: str) -> bool:
     return zero_point is False
 
 
-def _quantizer(raw: Mapping[str, Any]) -> str | None:
+def quantizer_of(raw: Mapping[str, Any]) -> str | None:
     meta = raw.get("meta")
     value = meta.get("quantizer") if isinstance(meta, dict) else None
     if isinstance(value, list):
@@ -123,12 +123,12 @@ def _rule(key: str, value: Any, bits: int, group_size: int, source: str) -> Modu
         return ModuleRule(pattern, None)
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} holds {value!r:.40}; expected an object with bits, group_size")
-    own_bits, own_group = _alias(value, "bits", where), _alias(value, "group_size", where)
+    own_bits, own_group = alias(value, "bits", where), alias(value, "group_size", where)
     return ModuleRule(
         pattern,
-        _format(
-            bits if own_bits is None else _integer(own_bits, "bits", where),
-            group_size if own_group is None else _integer(own_group, "group_size", where),
+        checked_format(
+            bits if own_bits is None else whole_number(own_bits, "bits", where),
+            group_size if own_group is None else whole_number(own_group, "group_size", where),
             where,
         ),
     )
