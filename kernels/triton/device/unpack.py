@@ -1,0 +1,123 @@
+"""Planes of packed words as float16 values code * 2^(plane_shift - 24), for the layout of layout.py.
+
+Each plane costs one AND for two weights, and one shift serves two planes: a masked field is read as a subnormal
+float16, never converted. With ASM the words are taken as 32-bit registers that hold two neighbouring columns, which
+is what a matrix instruction's operand is; LLVM does not find that pairing by itself and needs twice the instructions.
+Without it the same is said in plain operations, which the interpreter can run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def as_half(word):
+    return word.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def planes_2(w, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 h, i, j;
+            and.b32 $0, $8, 0x00030003; and.b32 $1, $8, 0x000c000c;
+            shr.u32 h, $8, 4;  and.b32 $2, h, 0x00030003; and.b32 $3, h, 0x000c000c;
+            shr.u32 i, $8, 8;  and.b32 $4, i, 0x00030003; and.b32 $5, i, 0x000c000c;
+            shr.u32 j, $8, 12; and.b32 $6, j, 0x00030003; and.b32 $7, j, 0x000c000c; }""",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+            [w],
+            dtype=(tl.float16,) * 8,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        h = w >> 4
+        i = w >> 8
+        j = w >> 12
+        return (
+            as_half(w & 3),
+            as_half(w & 12),
+            as_half(h & 3),
+            as_half(h & 12),
+            as_half(i & 3),
+            as_half(i & 12),
+            as_half(j & 3),
+            as_half(j & 12),
+        )
+
+
+@triton.jit
+def planes_4(w, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 h;
+            and.b32 $0, $4, 0x000f000f; and.b32 $1, $4, 0x00f000f0;
+            shr.u32 h, $4, 8; and.b32 $2, h, 0x000f000f; and.b32 $3, h, 0x00f000f0; }""",
+            "=&r,=&r,=&r,=&r,r",
+            [w],
+            dtype=(tl.float16,) * 4,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        h = w >> 8
+        return as_half(w & 0xF), as_half(w & 0xF0), as_half(h & 0xF), as_half(h & 0xF0)
+
+
+@triton.jit
+def planes_8(w, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 h;
+            and.b32 $0, $2, 0x00ff00ff; shr.u32 h, $2, 8; and.b32 $1, h, 0x00ff00ff; }""",
+            "=&r,=&r,r",
+            [w],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return as_half(w & 0xFF), as_half((w >> 8) & 0xFF)
+
+
+@triton.jit
+def planes_3(w, ASM: tl.constexpr):
+    """The five whole planes of one word set."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 h, i;
+            and.b32 $0, $5, 0x00070007; and.b32 $1, $5, 0x00380038;
+            shr.u32 h, $5, 6;  and.b32 $2, h, 0x00070007; and.b32 $3, h, 0x00380038;
+            shr.u32 i, $5, 12; and.b32 $4, i, 0x00070007; }""",
+            "=&r,=&r,=&r,=&r,=&r,r",
+            [w],
+            dtype=(tl.float16,) * 5,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        h = w >> 6
+        i = w >> 12
+        return as_half(w & 7), as_half(w & 56), as_half(h & 7), as_half(h & 56), as_half(i & 7)
+
+
+@triton.jit
+def last_plane_3(a, b, c, ASM: tl.constexpr):
+    """Plane 15: the top bits of three word sets."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 x, y, z;
+            shr.u32 x, $1, 15; and.b32 x, x, 0x00010001;
+            shr.u32 y, $2, 14; and.b32 y, y, 0x00020002;
+            shr.u32 z, $3, 13; and.b32 z, z, 0x00040004;
+            or.b32 x, x, y; or.b32 $0, x, z; }""",
+            "=r,r,r,r",
+            [a, b, c],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return as_half(((a >> 15) & 1) | ((b >> 14) & 2) | ((c >> 13) & 4))

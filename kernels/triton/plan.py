@@ -1,0 +1,63 @@
+"""How one low-bit product is cut into programs: a function of shapes and of the GPU's size alone.
+
+`splits` and `run` depend on the weight and the GPU, never on the number of tokens: they decide the order in which
+products are added, and a token's bits must not depend on its company.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dibit.kernels.triton.layout import TILE_ROWS, Geometry
+
+MAX_SPLITS = 16
+MIN_RUN_STEPS = 4
+PROGRAMS_PER_PROCESSOR = 3
+SIDE_BY_SIDE_TOKENS = 64
+"""Above this many tokens there are programs enough without computing the runs side by side."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """block_rows x block_tokens outputs a program; `splits` runs of `run` steps, side by side when `partial`."""
+
+    block_rows: int
+    block_tokens: int
+    splits: int
+    run: int
+    partial: bool
+    warps: int
+    stages: int
+
+    def padded_tokens(self, m: int) -> int:
+        return -(-m // self.block_tokens) * self.block_tokens
+
+
+def runs(geometry: Geometry, padded_rows: int, *, processors: int) -> tuple[int, int]:
+    """(splits, steps of a run): enough programs to keep `processors` busy, no run too short to fill a pipeline."""
+    tiles = padded_rows // TILE_ROWS
+    wanted = -(-PROGRAMS_PER_PROCESSOR * processors // tiles)
+    splits = max(1, min(MAX_SPLITS, geometry.steps // MIN_RUN_STEPS, wanted))
+    run = -(-geometry.steps // splits)
+    return -(-geometry.steps // run), run
+
+
+def plan(geometry: Geometry, padded_rows: int, m: int, *, processors: int) -> Plan:
+    """The plan of a product of `m` tokens with a weight of `padded_rows` rows on a GPU with `processors` SMs."""
+    splits, run = runs(geometry, padded_rows, processors=processors)
+    block_tokens = next((b for b in (8, 16, 32) if m <= b), 64)
+    # Several groups a step hold several scales and sums at once: 128 rows of them do not fit the registers.
+    wide = (
+        geometry.groups_per_step <= 2
+        and padded_rows % (2 * TILE_ROWS) == 0
+        and padded_rows // TILE_ROWS * splits >= 2 * processors
+    )
+    return Plan(
+        block_rows=2 * TILE_ROWS if wide else TILE_ROWS,
+        block_tokens=block_tokens,
+        splits=splits,
+        run=run,
+        partial=splits > 1 and m <= SIDE_BY_SIDE_TOKENS,
+        warps=8 if wide and block_tokens == 64 else 4,
+        stages=4 if block_tokens <= 16 else 3,
+    )

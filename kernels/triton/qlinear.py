@@ -1,0 +1,163 @@
+"""The quantized linear on NVIDIA GPUs (device/qlinear.py has the arithmetic, layout.py the bytes).
+
+Activations are rounded to float16 with one power of two per token, so an output differs from the reference by at most
+
+    sum over k of |w| (2^-11 |x| + 2^-21 * 2^e)  +  float32 rounding of the sums,        max|x| < 2^(e + 15)
+
+A NaN or an infinity in a row of x makes the whole row of y NaN. Rows of y are the same bits for every M on one GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from dibit.kernels.contract import Dims
+from dibit.kernels.formats import PER_CHANNEL
+from dibit.kernels.triton.availability import processors
+from dibit.kernels.triton.device.prepare import prepare_kernel
+from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
+from dibit.kernels.triton.layout import TritonQWeight
+from dibit.kernels.triton.plan import Plan, plan
+
+ASM = not triton.knobs.runtime.interpret
+"""Inline assembly on a GPU; the interpreter has none and runs the same in plain operations."""
+
+_REALS = (torch.float32, torch.float16, torch.bfloat16)
+_REDUCE_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Activations of `tokens` tokens as device/prepare.py makes them."""
+
+    half: Tensor
+    sums: Tensor
+    factors: Tensor
+    tokens: int
+
+
+def prepare(x: Tensor, w: TritonQWeight, *, padded_tokens: int) -> Prepared:
+    """x [M, K] for products with `w` (or with any weight of its format and K)."""
+    geometry = w.geometry
+    half = torch.empty(padded_tokens, geometry.columns, dtype=torch.float16, device=x.device)
+    sums = torch.empty(geometry.groups, padded_tokens, dtype=torch.float32, device=x.device)
+    factors = torch.empty(padded_tokens, dtype=torch.float32, device=x.device)
+    prepare_kernel[(padded_tokens,)](
+        x,
+        half,
+        sums,
+        factors,
+        x.shape[0],
+        padded_tokens,
+        w.k,
+        geometry.columns,
+        geometry.groups,
+        BITS=w.format.bits,
+        GROUP=max(0, w.format.group_size),
+        BLOCK=min(2048, max(256, triton.next_power_of_2(w.k))),
+        num_warps=4,
+    )
+    return Prepared(half, sums, factors, x.shape[0])
+
+
+def qlinear(
+    x: Tensor,
+    w: TritonQWeight,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y = x · dequantize(w)ᵀ + bias + residual, contract in qlinear.py.
+
+    x         [M, K] float32, float16 or bfloat16, contiguous, on the device of `w`
+    bias      [N] float, or None
+    residual  [M, N] dtype of x, or None; added in float32 before y is rounded
+    out       [M, N] dtype of x to write into, or None
+    """
+    dims = Dims("qlinear", N=w.n, K=w.k)
+    dims.check("x", x, "M K", _REALS)
+    if bias is not None:
+        dims.check("bias", bias, "N", _REALS)
+    if residual is not None:
+        dims.check("residual", residual, "M N", (x.dtype,))
+    if out is not None:
+        dims.check("out", out, "M N", (x.dtype,))
+    y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device) if out is None else out
+    if x.shape[0] == 0:
+        return y
+    chosen = plan(w.geometry, w.padded_rows, x.shape[0], processors=processors(x.device))
+    prepared = prepare(x, w, padded_tokens=chosen.padded_tokens(x.shape[0]))
+    return multiply(prepared, w, chosen, y, bias=bias, residual=residual)
+
+
+def multiply(
+    x: Prepared, w: TritonQWeight, chosen: Plan, y: Tensor, *, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """The product itself, by a given plan; writes and returns y [M, N]."""
+    m, geometry = x.tokens, w.geometry
+    padded = x.half.shape[0]
+    target = torch.empty(chosen.splits, m, w.n, dtype=torch.float32, device=y.device) if chosen.partial else y
+    per_channel = w.format.group_size == PER_CHANNEL
+    zero_base, zero_step = 0.0, 1.0
+    qlinear_kernel[
+        (w.padded_rows // chosen.block_rows, padded // chosen.block_tokens, chosen.splits if chosen.partial else 1)
+    ](
+        x.half,
+        x.sums,
+        x.factors,
+        w.codes,
+        w.scales,
+        w.zeros,
+        bias,
+        residual,
+        target,
+        m,
+        w.n,
+        padded,
+        w.padded_rows,
+        geometry.columns,
+        geometry.steps,
+        chosen.run,
+        BITS=w.format.bits,
+        STEP_UNITS=geometry.step_units,
+        GROUPS_PER_STEP=geometry.groups_per_step,
+        PER_CHANNEL=per_channel,
+        ZERO_BASE=zero_base,
+        ZERO_STEP=zero_step,
+        SPLITS=chosen.splits,
+        PARTIAL=chosen.partial,
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        BN=chosen.block_rows,
+        BM=chosen.block_tokens,
+        ASM=ASM,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+    )
+    if chosen.partial:
+        reduce_kernel[(triton.cdiv(w.n, _REDUCE_BLOCK), m)](
+            target,
+            x.sums,
+            x.factors,
+            w.scales,
+            w.zeros,
+            bias,
+            residual,
+            y,
+            m,
+            w.n,
+            SPLITS=chosen.splits,
+            PER_CHANNEL=per_channel,
+            ZERO_BASE=zero_base,
+            ZERO_STEP=zero_step,
+            BIAS=bias is not None,
+            RESIDUAL=residual is not None,
+            BLOCK=_REDUCE_BLOCK,
+            num_warps=4,
+        )
+    return y
