@@ -5,6 +5,12 @@ A quantized weight is a `QTensor`: unsigned integer codes, and one zero point an
 
     w[n, k] = (codes[n, k] - z[n, k // G]) * scales[n, k // G]
 
+The zero field is as wide as a code, c in [0, 2^bits - 1], and the format says what z it stands for:
+
+    integer      z = c, what every exchange format means
+    fractional   z = 1 + c / 3 at 2 bits, z = 2.25 + 5 c / 14 at 3 bits: the same number of values in the middle of
+                 the code range, where the best zero points of real weights lie. Less error for no bit and no time
+
 Every quantization method ends in a QTensor, every on-disk format is a pair of functions to and from it, and every
 backend has one function from it to a layout of its own.
 
@@ -30,7 +36,11 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128)
 PER_CHANNEL = -1
 
-ZeroKind = Literal["integer"]
+ZeroGrid = Literal["integer", "fractional"]
+ZERO_GRIDS: tuple[ZeroGrid, ...] = ("integer", "fractional")
+# Least value and step of z by bits.
+_FRACTIONAL = {2: (1.0, 1 / 3), 3: (2.25, 5 / 14)}
+FRACTIONAL_BITS = tuple(_FRACTIONAL)
 
 
 class FormatError(ValueError):
@@ -41,12 +51,12 @@ class FormatError(ValueError):
 class Format:
     """Bits per code, columns per group (-1: one group a row) and how the zero field is read.
 
-    `zero="integer"` (z is the stored field) is what every exchange format uses, and so far the only kind.
+    zero_grid  the values of z that the zero field stands for (module docstring); "fractional" at 2 and 3 bits only
     """
 
     bits: int
     group_size: int
-    zero: ZeroKind = "integer"
+    zero_grid: ZeroGrid = "integer"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -54,8 +64,11 @@ class Format:
         if self.group_size not in GROUP_SIZES:
             allowed = ", ".join(map(str, GROUP_SIZES))
             raise FormatError(f"group size {self.group_size}; supported: {allowed} (-1 is one group per row)")
-        if self.zero != "integer":
-            raise FormatError(f"zero points of kind {self.zero!r}; supported: 'integer'")
+        if self.zero_grid not in ZERO_GRIDS:
+            raise FormatError(f"zero grid {self.zero_grid!r}; supported: {', '.join(ZERO_GRIDS)}")
+        if self.zero_grid == "fractional" and self.bits not in FRACTIONAL_BITS:
+            allowed = " and ".join(map(str, FRACTIONAL_BITS))
+            raise FormatError(f"fractional zero points at {self.bits} bits; they exist at {allowed} bits")
 
     @property
     def qmax(self) -> int:
@@ -63,7 +76,13 @@ class Format:
 
     @property
     def name(self) -> str:
-        return f"int{self.bits}-{'channel' if self.group_size == PER_CHANNEL else f'g{self.group_size}'}"
+        group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
+        return f"int{self.bits}-{group}{'-fractional' if self.zero_grid == 'fractional' else ''}"
+
+    @property
+    def zero_line(self) -> tuple[float, float]:
+        """(z of field 0, step): field c stands for z = first + step * c."""
+        return _FRACTIONAL[self.bits] if self.zero_grid == "fractional" else (0.0, 1.0)
 
     def groups(self, k: int) -> int:
         """Number of groups in a row of `k` columns. Raises FormatError when they do not come out even."""
@@ -84,18 +103,22 @@ class Format:
         return self.bits + (self.bits + scale_bits) / self.columns_per_group(k)
 
     def ranges(self, w: Tensor, *, symmetric: bool = False) -> tuple[Tensor, Tensor]:
-        """Min-max scales and zero points of `w`.
+        """Min-max scales and zero fields of `w`.
 
         w        [N, K] float
         returns  scales [N, K/G] float32, already rounded to float16 (the precision on disk), zeros [N, K/G] uint8
 
-        The range always includes 0, so that z fits its field and zero is exact (what GPTQ does). A group of
-        zeros gets scale 1. `symmetric` puts z at the middle, 2^(bits-1), and covers [-max|w|, max|w|].
+        The range always includes 0, so that z fits its field and, on the integer grid, zero is exact (what GPTQ
+        does). A group of zeros gets scale 1. `symmetric` puts z at the middle, 2^(bits-1), and covers
+        [-max|w|, max|w|]; FormatError on the fractional grid, which has no middle. On the fractional grid the scale
+        is the least under which some z covers every weight.
         """
         n, k = w.shape
         grouped = w.float().reshape(n, self.groups(k), self.columns_per_group(k))
         hi = grouped.amax(dim=2).clamp_min(0)
         lo = grouped.amin(dim=2).clamp_max(0)
+        if self.zero_grid == "fractional":
+            return self._covering(lo, hi, symmetric=symmetric)
         if symmetric:
             bound = torch.maximum(hi, -lo)
             scales = bound * 2 / self.qmax
@@ -108,11 +131,20 @@ class Format:
             zeros = torch.round(-lo / scales).clamp(0, self.qmax)
         return scales, zeros.to(torch.uint8)
 
+    def _covering(self, lo: Tensor, hi: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+        if symmetric:
+            raise FormatError("symmetric weights on the fractional zero grid; choose one of the two")
+        z = zero_points(torch.arange(self.qmax + 1, dtype=torch.uint8, device=lo.device), self)
+        scales, zeros = torch.maximum(-lo[..., None] / z, hi[..., None] / (self.qmax - z)).min(dim=-1)
+        return round_scales(scales), zeros.to(torch.uint8)
+
     def encode(self, w: Tensor, scales: Tensor, zeros: Tensor) -> QTensor:
-        """Round `w` [N, K] to the nearest code under given `scales` and `zeros` [N, K/G]."""
+        """Round `w` [N, K] to the nearest code under given `scales` and zero fields [N, K/G]."""
         n, k = w.shape
         grouped = w.float().reshape(n, self.groups(k), self.columns_per_group(k))
-        q = torch.round(grouped / scales.float()[..., None]) + zeros.float()[..., None]
+        ratio, z = grouped / scales.float()[..., None], zero_points(zeros, self)[..., None]
+        # An integer z is added after rounding: ties go as without it.
+        q = torch.round(ratio + z) if self.zero_grid == "fractional" else torch.round(ratio) + z
         codes = q.clamp(0, self.qmax).to(torch.uint8).reshape(n, k)
         return QTensor(codes=codes, zeros=zeros, scales=scales, format=self)
 
@@ -127,12 +159,26 @@ def round_scales(scales: Tensor) -> Tensor:
     return scales.clamp(tiny, torch.finfo(torch.float16).max).to(torch.float16).float()
 
 
+def zero_points(zeros: Tensor, format: Format) -> Tensor:
+    """What zero fields stand for: uint8 of any shape -> z float32 of that shape."""
+    if format.zero_grid == "integer":
+        return zeros.float()
+    first, step = format.zero_line
+    return (zeros.double() * step + first).float()
+
+
+def zero_fields(z: Tensor, format: Format) -> Tensor:
+    """The fields whose values are nearest to z, float of any shape -> uint8; the inverse of `zero_points`."""
+    first, step = format.zero_line
+    return torch.round((z.double() - first) / step).clamp_(0, format.qmax).to(torch.uint8)
+
+
 @dataclass(frozen=True)
 class QTensor:
     """A quantized weight of a linear layer, N outputs and K inputs.
 
     codes   uint8 [N, K]     in [0, 2^bits - 1]
-    zeros   uint8 [N, K/G]   in [0, 2^bits - 1]
+    zeros   uint8 [N, K/G]   in [0, 2^bits - 1], the zero fields; `zero_points` has what they stand for
     scales  float16 or float32 [N, K/G]
     """
 
@@ -185,7 +231,7 @@ def dequantize(q: QTensor) -> Tensor:
     n, k = q.shape
     groups = q.format.groups(k)
     codes = q.codes.reshape(n, groups, -1).float()
-    return ((codes - q.zeros.float()[..., None]) * q.scales.float()[..., None]).reshape(n, k)
+    return ((codes - zero_points(q.zeros, q.format)[..., None]) * q.scales.float()[..., None]).reshape(n, k)
 
 
 def pack_stream(codes: Tensor, bits: int) -> Tensor:

@@ -63,6 +63,8 @@ class BlockJob:
     batch         segments that go through the block at a time
     seed          for anything random, together with `layer`
     float_type    type in which changed norms and biases will be stored
+    activation_bits  width to which the served model rounds the inputs of its quantized linears, a token at a time
+                  (kernels.qlinear.quantize_activations); None: weights only
     tell          takes a note on how far it is, for whoever is watching
     """
 
@@ -77,6 +79,7 @@ class BlockJob:
     batch: int
     seed: int
     float_type: torch.dtype = torch.float32
+    activation_bits: int | None = None
     tell: Callable[[str], None] = _silent
 
 

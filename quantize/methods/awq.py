@@ -164,7 +164,7 @@ def clip_rows(w: Tensor, x: Tensor, format: Format, *, symmetric: bool) -> Tenso
     """
     n, k = w.shape
     width = format.columns_per_group(k)
-    single = Format(bits=format.bits, group_size=-1, zero=format.zero)
+    single = Format(bits=format.bits, group_size=-1, zero_grid=format.zero_grid)
     clipped = torch.empty_like(w)
     for start in range(0, k, width):
         columns = slice(start, start + width)

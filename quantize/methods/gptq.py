@@ -128,7 +128,7 @@ class GPTQ:
         """
         k, n = columns.shape
         width = format.columns_per_group(k)
-        single = Format(bits=format.bits, group_size=PER_CHANNEL, zero=format.zero)
+        single = Format(bits=format.bits, group_size=PER_CHANNEL, zero_grid=format.zero_grid)
         step = self.block_columns
         if static is None:
             # A block holds whole groups, or the range of a group would miss updates still pending in its block.

@@ -50,7 +50,7 @@ def choose_ranges(w: Tensor, format: Format, *, symmetric: bool, search: bool) -
     width = format.columns_per_group(k)
     # Rows of one group each: the format of a single group does not depend on how many stand in a row.
     rows = w.float().reshape(-1, width)
-    single = Format(bits=format.bits, group_size=PER_CHANNEL, zero=format.zero)
+    single = Format(bits=format.bits, group_size=PER_CHANNEL, zero_grid=format.zero_grid)
     step = max(1, SEARCH_ELEMENTS // width)
     found = [_search(rows[i : i + step], single, symmetric=symmetric) for i in range(0, rows.shape[0], step)]
     scales = torch.cat([s for s, _ in found]).reshape(n, -1)

@@ -17,6 +17,8 @@ from dibit.kernels.formats import (
     pack_stream,
     round_scales,
     unpack_stream,
+    zero_fields,
+    zero_points,
 )
 
 # 32 codes (5 i + 1) mod 2^bits as a stream of 32-bit words.
@@ -118,10 +120,58 @@ def test_what_does_not_exist_is_refused() -> None:
         Format(bits=5, group_size=64)
     with pytest.raises(FormatError, match="group size 100"):
         Format(bits=4, group_size=100)
-    with pytest.raises(FormatError, match="'fractional'"):
-        Format(bits=4, group_size=64, zero="fractional")  # type: ignore[arg-type]
+    with pytest.raises(FormatError, match="zero grid 'float'"):
+        Format(bits=2, group_size=64, zero_grid="float")  # type: ignore[arg-type]
+    for bits in (4, 8):
+        with pytest.raises(FormatError, match=f"fractional zero points at {bits} bits; they exist at 2 and 3 bits"):
+            Format(bits=bits, group_size=64, zero_grid="fractional")
+    with pytest.raises(FormatError, match="symmetric"):
+        Format(2, 16, "fractional").ranges(torch.randn(2, 16), symmetric=True)
     with pytest.raises(FormatError, match="100 input columns do not divide into groups of 64"):
         Format(bits=4, group_size=64).groups(100)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_integer_zero_fields_are_the_zero_points(bits: int) -> None:
+    fmt = Format(bits, 64)
+    fields = torch.arange(fmt.qmax + 1, dtype=torch.uint8)
+    assert zero_points(fields, fmt).tolist() == fields.tolist()
+    assert torch.equal(zero_fields(fields.float() + 0.4, fmt), fields)
+
+
+def test_fractional_zero_fields_mean_thirds_and_fourteenths() -> None:
+    two, three = Format(2, 64, "fractional"), Format(3, 64, "fractional")
+    assert (two.name, three.name) == ("int2-g64-fractional", "int3-g64-fractional")
+    for fmt, values in ((two, [1, 4 / 3, 5 / 3, 2]), (three, [2.25 + 5 * c / 14 for c in range(8)])):
+        fields = torch.arange(fmt.qmax + 1, dtype=torch.uint8)
+        z = zero_points(fields, fmt)
+        assert z.dtype == torch.float32
+        assert torch.equal(z, torch.tensor(values, dtype=torch.float64).float())
+        assert torch.equal(zero_fields(z, fmt), fields)
+        assert zero_fields(torch.tensor([-9.0, 9.0]), fmt).tolist() == [0, fmt.qmax]
+
+
+@pytest.mark.parametrize("group_size", [16, 64, -1])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fractional_encoding_covers_and_rounds_to_the_nearest_code(bits: int, group_size: int) -> None:
+    fmt = Format(bits, group_size, "fractional")
+    w = torch.randn(7, 128) + torch.linspace(-3, 3, 7)[:, None]
+    w[0] = 0
+    scales, zeros = fmt.ranges(w)
+    assert int(zeros.max()) <= fmt.qmax
+    q = fmt.encode(w, scales, zeros)
+    step = scales.repeat_interleave(fmt.columns_per_group(128), dim=1)
+    error = (dequantize(q) - w).abs()
+    assert bool((error <= step * 0.502).all())
+    # Any other zero point that covers the group needs a wider step.
+    z = zero_points(zeros, fmt)
+    grouped = w.view(7, fmt.groups(128), -1)
+    for other in zero_points(torch.arange(fmt.qmax + 1, dtype=torch.uint8), fmt):
+        wanted = torch.maximum(-grouped.amin(2) / other, grouped.amax(2) / (fmt.qmax - other)).clamp_min(0)
+        assert bool((wanted >= scales * 0.999).logical_or(wanted == 0).all())
+    again = fmt.encode(dequantize(q), scales, zeros)
+    assert torch.equal(again.codes, q.codes)
+    assert z.shape == scales.shape
 
 
 def weight(**changed: object) -> QTensor:
