@@ -26,11 +26,11 @@ from torch import Tensor
 
 from dibit.engine.errors import CheckpointError
 from dibit.engine.models.decoder import Block, FloatLinear, Linear
-from dibit.engine.models.spec import LinearSite
+from dibit.engine.models.spec import LinearSite, Part
 from dibit.kernels.formats import Format, QTensor, dequantize
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.plan import part_formats
-from dibit.quantize.report import SiteReport, TrainingReport
+from dibit.quantize.report import PartReport, SiteReport, TrainingReport
 from dibit.quantize.stats import HessianSum, Method, Need, SiteFailure, Stats, output_error
 from dibit.quantize.streams import HiddenStates
 
@@ -316,7 +316,18 @@ def site_report(
         weight_error=squared / norm if norm else math.nan,
         output_error=None if hessian is None else output_error(delta, w, hessian),
         seconds=seconds,
+        parts=tuple(map(_part_report, site.parts, parts, _rows(w, site), _rows(delta, site))),
     )
+
+
+def _part_report(part: Part, quantized: QTensor, w: Tensor, delta: Tensor) -> PartReport:
+    norm = _squared(w)
+    error = _squared(delta) / norm if norm else math.nan
+    return PartReport(part.module, quantized.format.name, w.shape[0], w.shape[1], error)
+
+
+def _rows(w: Tensor, site: LinearSite) -> tuple[Tensor, ...]:
+    return torch.split(w, [part.n for part in site.parts])
 
 
 def replace_weight(block: Block, site: LinearSite, parts: Sequence[QTensor]) -> None:

@@ -37,7 +37,7 @@ class FinishedBlock:
     def from_line(cls, line: Mapping[str, Any]) -> FinishedBlock:
         training = line["training"]
         return cls(
-            tuple(SiteReport(**site) for site in line["sites"]),
+            tuple(SiteReport.from_dict(site) for site in line["sites"]),
             line["floats"],
             None if training is None else TrainingReport.from_dict(training),
         )

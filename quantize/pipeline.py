@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import platform
-import resource
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from importlib.metadata import version
@@ -41,7 +39,8 @@ from dibit.quantize.importance import NEED_TEXT, Model, Text
 from dibit.quantize.journal import JOURNAL_NAME, Journal, stored_settings
 from dibit.quantize.methods import METHODS, make_method
 from dibit.quantize.plan import Plan, bits_per_weight
-from dibit.quantize.report import QuantizeReport
+from dibit.quantize.report import QuantizeReport, StageClock, peak_rss_bytes
+from dibit.quantize.report_html import write_html
 from dibit.quantize.stats import Method
 from dibit.quantize.streams import StreamConfig
 from dibit.quantize.walk import Output, Progress, Task, calibrated, data_free
@@ -86,7 +85,7 @@ def quantize_checkpoint(
     Raises ConfigError or CheckpointError, all that can be known beforehand before anything is computed. After
     KeyboardInterrupt, or any other end, the same call continues where it was.
     """
-    begun = time.monotonic()
+    clock = StageClock()
     chosen = make_method(method, {}) if isinstance(method, str) else method
     if symmetric and not chosen.symmetric:
         chosen = dataclasses.replace(chosen, symmetric=True)  # type: ignore[type-var]
@@ -117,10 +116,11 @@ def quantize_checkpoint(
         if save_plan is not None:
             _save(task.plan, save_plan)
         settings = _settings(task, text)
+        clock.end("input" if task.allocation is None else "input and importance")
         with closing(CheckpointWriter(Path(out), checkpoint, overwrite=overwrite)) as writer:
             output = Output(task, writer, Journal(writer.directory, settings), progress)
             try:
-                _walk(task, output, directory=writer.directory)
+                _walk(task, output, clock, directory=writer.directory)
             except KeyboardInterrupt:
                 logger.warning(
                     "stopped; finished blocks are kept in %s, and the same command continues after them",
@@ -144,12 +144,15 @@ def quantize_checkpoint(
                 sites=tuple(site for layer in layers for site in output.journal.blocks[layer].sites),
                 training=tuple(output.journal.blocks[layer].training for layer in layers if trains),
                 resumed_blocks=output.resumed,
-                seconds=time.monotonic() - begun,
+                seconds=clock.seconds,
                 block_seconds=tuple(output.block_seconds),
-                peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                peak_rss_bytes=peak_rss_bytes(),
                 versions={"dibit": version("dibit"), "torch": torch.__version__, "python": platform.python_version()},
+                stages=clock.stages,
+                block_rss_bytes=tuple(output.block_rss_bytes),
             )
             report.write(writer.directory)
+            write_html(report, writer.directory)
             writer.finish(method=task.name, facts=settings["options"], scratch=[JOURNAL_NAME])
     return report
 
@@ -270,14 +273,16 @@ def _segments(checkpoint: Checkpoint, sizes: Sizes, text: Calibration) -> Segmen
     return segments
 
 
-def _walk(task: Task, output: Output, *, directory: Path) -> None:
+def _walk(task: Task, output: Output, clock: StageClock, *, directory: Path) -> None:
     output.add_floats(task)
+    clock.end("embedding, norms and head")
     if task.segments is not None and task.method.needs:
         calibrated(task, output, task.segments, directory=directory)
     elif isinstance(task.method, BlockMethod):
         raise TypeError(f"{task.name} works on blocks and names no needs")
     else:
         data_free(task, output, task.method)
+    clock.end("blocks")
 
 
 def _settings(task: Task, text: Calibration | None) -> dict[str, Any]:

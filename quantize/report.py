@@ -1,16 +1,60 @@
-"""What a quantization run did: settings, errors of every site, time and memory. Stored beside the checkpoint."""
+"""What a quantization run did: settings, errors of every site, time and memory. Stored beside the checkpoint.
+
+`quantize_report.json` holds all of it and is what programs read; `quantize_report.html` is the same for a person, made
+from the JSON alone (report_html.py).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import resource
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dibit.engine.errors import CheckpointError
+
 REPORT_NAME = "quantize_report.json"
+# Shares of the channels at which InputRange gives their largest magnitudes.
+CHANNEL_QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One linear of a site: `module` is its name in the checkpoint, its weight is [rows, columns], weight_error its
+    squared error over its squared norm."""
+
+    module: str
+    format: str
+    rows: int
+    columns: int
+    weight_error: float
+
+
+@dataclass(frozen=True)
+class InputRange:
+    """What goes into a site of the quantized model on the calibration text.
+
+    tokens     rows that were seen
+    rms        root mean square of all elements
+    quantiles  of the largest magnitude of each channel, at CHANNEL_QUANTILES
+    largest    channels with the largest magnitudes: (channel, magnitude)
+    """
+
+    tokens: int
+    rms: float
+    quantiles: tuple[float, ...]
+    largest: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> InputRange:
+        largest = tuple((int(channel), _number(value)) for channel, value in data["largest"])
+        return cls(data["tokens"], _number(data["rms"]), tuple(map(_number, data["quantiles"])), largest)
 
 
 @dataclass(frozen=True)
@@ -25,6 +69,8 @@ class SiteReport:
     weight_error  squared error of the weight over its squared norm
     output_error  squared error of the output over its squared norm, on the calibration text; None without one
     seconds       time it took, statistics included
+    parts         its linears, in order
+    input         what goes into it; None without a calibration text
     """
 
     site: str
@@ -35,6 +81,23 @@ class SiteReport:
     weight_error: float
     output_error: float | None
     seconds: float
+    parts: tuple[PartReport, ...] = ()
+    input: InputRange | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SiteReport:
+        """Inverse of dataclasses.asdict, also after JSON."""
+        parts = (
+            PartReport(**{**part, "weight_error": _number(part["weight_error"])}) for part in data.get("parts", ())
+        )
+        found = data.get("input")
+        converted = {
+            "weight_mse": _number(data["weight_mse"]),
+            "weight_error": _number(data["weight_error"]),
+            "parts": tuple(parts),
+            "input": None if found is None else InputRange.from_dict(found),
+        }
+        return cls(**{**data, **converted})
 
 
 @dataclass(frozen=True)
@@ -67,8 +130,42 @@ class TrainingReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingReport:
         """Inverse of dataclasses.asdict, also after JSON."""
-        curves = {key: tuple((step, loss) for step, loss in data[key]) for key in ("losses", "validation")}
-        return cls(**{**data, **curves, "notes": tuple(data["notes"])})
+        curves = {key: tuple((step, _number(loss)) for step, loss in data[key]) for key in ("losses", "validation")}
+        return cls(**{**data, **curves, "baseline": _number(data["baseline"]), "notes": tuple(data["notes"])})
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A stage of the run, its time, and the largest resident memory of the process so far at its end."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+class StageClock:
+    """Takes the times of a run's stages, one after the other."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.monotonic()
+        self.stages: tuple[StageReport, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._begun
+
+    def end(self, name: str) -> None:
+        """What was done since the last stage ended is the stage `name`."""
+        now = time.monotonic()
+        self.stages += (StageReport(name, now - self._last, peak_rss_bytes()),)
+        self._last = now
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory that this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True)
@@ -90,6 +187,8 @@ class QuantizeReport:
     seconds, block_seconds  of this run, and of each block that it computed
     peak_rss_bytes     peak resident memory of the process
     versions           of dibit, torch and Python
+    stages             of this run, in order
+    block_rss_bytes    resident memory at the end of each block of block_seconds
     """
 
     model: str
@@ -110,6 +209,37 @@ class QuantizeReport:
     block_seconds: tuple[float, ...]
     peak_rss_bytes: int
     versions: Mapping[str, str]
+    stages: tuple[StageReport, ...] = ()
+    block_rss_bytes: tuple[int, ...] = ()
+
+    @classmethod
+    def read(cls, directory: Path) -> QuantizeReport:
+        """The report of the checkpoint in `directory`. Raises CheckpointError."""
+        path = directory / REPORT_NAME
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {path}: {error.strerror}; give the directory of a checkpoint that `dibit quantize` wrote"
+            ) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is not a quantization report of this version ({type(error).__name__}: {error}); "
+                "quantize again to have one"
+            ) from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantizeReport:
+        """Inverse of dataclasses.asdict, also after JSON, where a number that is not finite has become null."""
+        training = (None if block is None else TrainingReport.from_dict(block) for block in data.get("training", ()))
+        converted = {
+            "sites": tuple(SiteReport.from_dict(site) for site in data["sites"]),
+            "training": tuple(training),
+            "stages": tuple(StageReport(**stage) for stage in data.get("stages", ())),
+            "block_seconds": tuple(data["block_seconds"]),
+            "block_rss_bytes": tuple(data.get("block_rss_bytes", ())),
+        }
+        return cls(**{"allocation": None, **data, **converted})
 
     @property
     def fallbacks(self) -> tuple[SiteReport, ...]:
@@ -147,6 +277,11 @@ class QuantizeReport:
     def write(self, directory: Path) -> None:
         text = json.dumps(_finite(dataclasses.asdict(self)), indent=2, ensure_ascii=False)
         (directory / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _number(value: float | None) -> float:
+    """Inverse of what `_finite` does to a number."""
+    return math.nan if value is None else value
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 import zlib
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -32,6 +34,7 @@ from dibit.quantize.budget import Allocation
 from dibit.quantize.calibration import Segments
 from dibit.quantize.journal import FinishedBlock, Journal
 from dibit.quantize.plan import Plan, part_formats
+from dibit.quantize.ranges import recorded_inputs
 from dibit.quantize.report import duration
 from dibit.quantize.stats import Method, Stats
 from dibit.quantize.streams import HiddenStates, StreamConfig
@@ -73,7 +76,7 @@ class Output:
     """The unfinished checkpoint and what is known about its blocks.
 
     resumed        blocks from the first on that an earlier run finished
-    block_seconds  of the blocks that this one computed
+    block_seconds, block_rss_bytes  of the blocks that this one computed: time, and memory at the end
     """
 
     def __init__(self, task: Task, writer: CheckpointWriter, journal: Journal, progress: Progress | None) -> None:
@@ -85,6 +88,7 @@ class Output:
             for layer in range(task.sizes.layers)
         ]
         self.block_seconds: list[float] = []
+        self.block_rss_bytes: list[int] = []
         self.resumed = next(
             (layer for layer, block in enumerate(task.blocks) if not self._whole(layer, block)), self._layers
         )
@@ -143,6 +147,7 @@ class Output:
         self.journal.add(layer, done)
         self.writer.flush()
         self.block_seconds.append(time.monotonic() - begun)
+        self.block_rss_bytes.append(psutil.Process().memory_info().rss)
         left_s = sum(self.block_seconds) / len(self.block_seconds) * (self._layers - layer - 1)
         if self._progress is not None:
             self._progress(layer + 1, self._layers, f"about {duration(left_s)} left" if left_s else "")
@@ -161,7 +166,7 @@ def data_free(task: Task, output: Output, method: Method) -> None:
             output.tell(layer, site.name)
             started = time.monotonic()
             w = read_float_site(task.checkpoint, site)
-            parts, fallback = quantize_site(w, site, part_formats(site, task.formats), Stats(), method)
+            parts, fallback = quantize_site(w, site, part_formats(site, task.formats), (Stats(),), method)
             seconds = time.monotonic() - started
             used = task.name if fallback is None else "rtn"
             reports.append(site_report(site, parts, w, name=used, seconds=seconds, fallback=fallback))
@@ -175,7 +180,7 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
     directory  where streams go that are too large for memory
     """
     quantized = _embedded(task, segments, directory)
-    float_stream = _embedded(task, segments, directory) if "float_stream" in task.method.needs else None
+    float_stream = _embedded(task, segments, directory) if task.method.needs & {"float_stream", "cross"} else None
     length = segments.tokens.shape[1]
     batch = max(1, BATCH_TOKENS // length)
     cos, sin = task.sizes.rope.tables(length)
@@ -210,12 +215,16 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
             changed = output.add_changed(layer, results.changed)
             done = FinishedBlock(tuple(result.report for result in results.sites), changed, results.training)
             del results, job
-        if layer + 1 < task.sizes.layers:
-            advance(quantized, block, cos, sin, batch=batch)
-            if float_stream is not None:
-                advance(float_stream, floats, cos, sin, batch=batch)
+        last = layer + 1 == task.sizes.layers
+        if done is not None or not last:
+            output.tell(layer, f"layers.{layer}, hidden states")
+            with recorded_inputs(block, sites) as inputs:
+                advance(quantized, block, cos, sin, batch=batch)
+        if float_stream is not None and not last:
+            advance(float_stream, floats, cos, sin, batch=batch)
         if done is not None:
-            output.close_block(layer, done, begun=begun)
+            found = tuple(dataclasses.replace(one, input=inputs[one.site].report()) for one in done.sites)
+            output.close_block(layer, dataclasses.replace(done, sites=found), begun=begun)
 
 
 def _float_type(task: Task, sites: Sequence[LinearSite], layer: int) -> torch.dtype:
