@@ -8,7 +8,7 @@ a model larger than the machine's memory can be streamed. All names are those of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,8 @@ from dibit.kernels.formats import Format, QTensor
 
 ZeroConvention = Literal["v1", "v2"]
 ZeroChoice = Literal["auto", "v1", "v2"]
-CheckpointFormat = Literal["gptq", "gptq_v2"]
+Method = Literal["gptq", "awq", "compressed-tensors", "efficientqat", "bitblas"]
+CheckpointFormat = Literal["gptq", "gptq_v2", "gemm", "pack-quantized", "efficientqat", "bitblas"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModuleRule:
-    """One entry of `dynamic`: modules whose path begins with a match of `pattern` have `format` (None: float)."""
+    """Modules whose path begins with a match of `pattern` have `format` (None: float).
+
+    symmetric  None where the rule does not say: as the whole checkpoint
+    """
 
     pattern: str
     format: Format | None
+    symmetric: bool | None = None
 
     @cached_property
     def regex(self) -> re.Pattern[str]:
@@ -60,14 +65,15 @@ class ModuleRule:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the linears of a checkpoint are quantized, as its config declares it.
+    """How the linears of a checkpoint are quantized, as its config declares it (or, where it has none, its shapes).
 
     quantizer          tool and version that wrote it, where the file says so ("gptqmodel:5.0.0")
     checkpoint_format  the label in the file; whether zero points are stored as z or z - 1 may differ from what it says
-    dynamic            overrides; the first one that matches a module holds
+    dynamic            overrides (`dynamic` of GPTQ, groups and `ignore` of compressed-tensors, modules that AWQ left
+                       alone); the first one that matches a module holds
     """
 
-    method: Literal["gptq"]
+    method: Method
     bits: int
     group_size: int
     symmetric: bool
@@ -86,6 +92,26 @@ class Quantization:
             if rule.regex.match(module):
                 return rule.format
         return self.format
+
+    def symmetric_of(self, module: str) -> bool:
+        """Whether a linear module is declared symmetric."""
+        for rule in self.dynamic:
+            if rule.regex.match(module):
+                return self.symmetric if rule.symmetric is None else rule.symmetric
+        return self.symmetric
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A packed linear as headers tell it.
+
+    shape    [N, K] of the weight
+    tensors  names of what it is stored in
+    """
+
+    shape: tuple[int, int]
+    format: Format
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -132,8 +158,11 @@ class Checkpoint(Protocol):
     def linear_format(self, module: str) -> Format | None:
         """Format of a linear module from headers alone; None for a float one."""
 
+    def packed(self) -> Mapping[str, PackedLinear]:
+        """Every packed linear by its module path, from headers alone."""
+
     def zero_decision(self) -> ZeroDecision | None:
-        """How zero points are read, decided once from label and values; None without packed modules."""
+        """How zero points are read, decided once from label and values; None where there is one way only."""
 
     def packed_bytes(self) -> int:
         """Bytes on disk of packed linears: codes, scales, zero points and group indices."""

@@ -37,7 +37,7 @@ def quantization_config(
         "group_size": group_size,
         "desc_act": False,
         "sym": all(info.symmetric for info in modules.values()),
-        "lm_head": False,
+        "lm_head": "lm_head" in modules,
         "pack_dtype": "int32",
         "meta": {"quantizer": f"dibit:{version('dibit')}", "method": method, **facts},
     }

@@ -7,7 +7,7 @@ The rows are brought back on reading, so that one attention serves both.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dibit.engine.checkpoint.checkpoint import Quantization, TensorInfo, ZeroDecision
+from dibit.engine.checkpoint.checkpoint import PackedLinear, Quantization, TensorInfo, ZeroDecision
 from dibit.engine.checkpoint.gguf_config import ROPE_FACTORS, hf_name, synthesise_config
 from dibit.engine.checkpoint.gguf_header import GgufTensor, read_header
 from dibit.engine.checkpoint.safetensors_file import read_into
@@ -94,6 +94,9 @@ class GgufCheckpoint:
     def linear_format(self, module: str) -> Format | None:
         self._get(f"{module}.weight")
         return None
+
+    def packed(self) -> Mapping[str, PackedLinear]:
+        return {}
 
     def zero_decision(self) -> ZeroDecision | None:
         return None

@@ -15,13 +15,25 @@ exact; from any other tool such a field is refused, as it may have spilled into 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dibit.engine.checkpoint.checkpoint import TensorInfo, ZeroConvention
+from dibit.engine.checkpoint.export_config import quantization_config
+from dibit.engine.checkpoint.packing import (
+    SAMPLED_ROWS,
+    Facts,
+    Headers,
+    Sample,
+    check_export,
+    compact_scales,
+    finite_scales,
+)
+from dibit.engine.checkpoint.progress import PackedModule
 from dibit.engine.checkpoint.safetensors_file import FLOAT_TYPES
 from dibit.engine.errors import CheckpointError
 from dibit.kernels.formats import Format, FormatError, QTensor, pack_stream, unpack_stream
@@ -41,8 +53,10 @@ class GptqTensors:
     g_idx: Tensor | None = None
 
     def named(self, module: str) -> dict[str, Tensor]:
+        """The tensors by their names in the file; of "", by the last word of these."""
         parts = {part: getattr(self, part) for part in PARTS}
-        return {f"{module}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
+        prefix = f"{module}." if module else ""
+        return {f"{prefix}{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
 def check_shapes(module: str, parts: Mapping[str, TensorInfo], declared: Format | None, source: str) -> None:
@@ -120,10 +134,8 @@ def from_gptq(
     """
     if tensors.g_idx is not None:
         check_order(module, tensors.g_idx, format, source)
-    if not bool(tensors.scales.isfinite().all()):
-        raise CheckpointError(f"{source}: {module}.scales has values that are not finite; quantize the model again")
+    scales = finite_scales(tensors.scales, module=module, source=source)
     fields = _zero_points(tensors.qzeros, format, zeros, wordwise=wordwise, what=f"{source}: {module}.qzeros")
-    scales = tensors.scales if tensors.scales.dtype == torch.float16 else tensors.scales.float()
     return QTensor(
         codes=unpack_stream(tensors.qweight.T.contiguous(), format.bits),
         zeros=fields.T.contiguous(),
@@ -140,15 +152,8 @@ def to_gptq(q: QTensor, *, zeros: ZeroConvention = "v2", module: str = "linear")
     """
     n, k = q.shape
     bits = q.format.bits
-    for letter, size in (("N", n), ("K", k)):
-        if size * bits % 32:
-            raise CheckpointError(
-                f"{module} has {letter} = {size}: {size} fields of {bits} bits do not fill whole 32-bit words, which "
-                f"the GPTQ format needs; keep this layer in float or use a width for which {letter} * bits is a "
-                "multiple of 32"
-            )
-    if int(q.codes.max()) > q.format.qmax or int(q.zeros.max()) > q.format.qmax:
-        raise CheckpointError(f"{module} has codes or zero points above {q.format.qmax}, the largest of {bits} bits")
+    _check_words(q.format, n, k, module=module)
+    check_export(q, module=module, label="the GPTQ format")
     fields = q.zeros
     if zeros == "v1":
         if int(fields.min()) == 0:
@@ -156,13 +161,69 @@ def to_gptq(q: QTensor, *, zeros: ZeroConvention = "v2", module: str = "linear")
                 f"{module} has zero points of 0, which checkpoint_format gptq (version 1) cannot hold; write gptq_v2"
             )
         fields = fields - 1
-    half = q.scales.to(torch.float16)
     return GptqTensors(
         qweight=pack_stream(q.codes, bits).T.contiguous(),
         qzeros=pack_stream(fields.T.contiguous(), bits),
-        scales=(half if torch.equal(half.float(), q.scales.float()) else q.scales).T.contiguous(),
+        scales=compact_scales(q.scales).T.contiguous(),
         g_idx=(torch.arange(k) // q.format.columns_per_group(k)).to(torch.int32),
     )
+
+
+@dataclass(frozen=True)
+class GptqPacking:
+    """See packing.Packing and packing.Export.
+
+    zeros     convention in which it writes
+    wordwise  version 1 zeros were written by whole-word subtraction (GPTQModel)
+    """
+
+    zeros: ZeroConvention = "v2"
+    wordwise: bool = False
+    parts: ClassVar[tuple[str, ...]] = PARTS
+    side_file: ClassVar[str | None] = "quantize_config.json"
+
+    @property
+    def label(self) -> str:
+        return "gptq" if self.zeros == "v2" else "gptq-v1"
+
+    def shape(self, headers: Headers) -> tuple[int, int]:
+        check_shapes(headers.module, headers.parts, headers.declared, headers.source)
+        assert headers.declared is not None
+        words, n = headers.parts["qweight"].shape
+        return n, words * 32 // headers.declared.bits
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], format: Format, *, zeros: ZeroConvention, module: str, source: str
+    ) -> QTensor:
+        return from_gptq(
+            GptqTensors(**tensors), format, zeros=zeros, wordwise=self.wordwise, module=module, source=source
+        )
+
+    def sample(self, tensors: Mapping[str, Tensor], format: Format) -> Sample:
+        codes = unpack_stream(tensors["qweight"][:, :SAMPLED_ROWS].T.contiguous(), format.bits)
+        return Sample(codes, unpack_stream(tensors["qzeros"], format.bits).T, format)
+
+    def check(self, format: Format, n: int, k: int, *, module: str) -> None:
+        _check_words(format, n, k, module=module)
+
+    def pack(self, q: QTensor, *, module: str) -> dict[str, Tensor]:
+        return to_gptq(q, zeros=self.zeros, module=module).named("")
+
+    def config(
+        self, modules: Mapping[str, PackedModule], names: Iterable[str], *, method: str | None, facts: Facts
+    ) -> dict[str, Any]:
+        label = "gptq_v2" if self.zeros == "v2" else "gptq"
+        return quantization_config(modules, names, method=method, facts=facts) | {"checkpoint_format": label}
+
+
+def _check_words(format: Format, n: int, k: int, *, module: str) -> None:
+    for letter, size in (("N", n), ("K", k)):
+        if size * format.bits % 32:
+            raise CheckpointError(
+                f"{module} has {letter} = {size}: {size} fields of {format.bits} bits do not fill whole 32-bit words, "
+                f"which the GPTQ format needs; keep this layer in float or use a width for which {letter} * bits is a "
+                "multiple of 32"
+            )
 
 
 def _zero_points(qzeros: Tensor, format: Format, zeros: ZeroConvention, *, wordwise: bool, what: str) -> Tensor:

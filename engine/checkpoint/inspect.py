@@ -9,9 +9,8 @@ from pathlib import Path
 
 from dibit.engine.checkpoint import open_checkpoint
 from dibit.engine.checkpoint.checkpoint import Checkpoint, ZeroChoice
-from dibit.engine.checkpoint.gptq import PARTS
 
-_LINEAR = re.compile(r".*\.layers\.(\d+)\.(?:.+\.)?([^.]+_proj)\.(?:weight|qweight)")
+_LINEAR = re.compile(r".*\.layers\.(\d+)\.(?:.+\.)?([^.]+_proj)")
 _BLOCKS_IN_A_GROUP = 10
 
 
@@ -119,7 +118,7 @@ def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
         architecture=str(architecture or checkpoint.config.get("model_type") or "unknown"),
         layers=_whole(checkpoint.config.get("num_hidden_layers")),
         context_length=_whole(checkpoint.config.get("max_position_embeddings")),
-        parameters=sum(_parameters(checkpoint, name) for name in checkpoint.names()),
+        parameters=_parameters(checkpoint),
         file_bytes=checkpoint.packed_bytes() + checkpoint.float_bytes(),
         bits_per_weight=_bits_per_weight(checkpoint),
         types=_types(checkpoint),
@@ -137,22 +136,32 @@ def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
     )
 
 
-def _parameters(checkpoint: Checkpoint, name: str) -> int:
-    module, _, part = name.rpartition(".")
-    if part not in PARTS:
-        return checkpoint.info(name).numel
-    packed = checkpoint.linear_format(module) if part == "qweight" else None
-    return 0 if packed is None else checkpoint.info(name).numel * 32 // packed.bits
+def _floats(checkpoint: Checkpoint) -> list[str]:
+    packed = {name for linear in checkpoint.packed().values() for name in linear.tensors}
+    return [name for name in checkpoint.names() if name not in packed]
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    packed = sum(linear.shape[0] * linear.shape[1] for linear in checkpoint.packed().values())
+    return packed + sum(checkpoint.info(name).numel for name in _floats(checkpoint))
+
+
+def _linears(checkpoint: Checkpoint) -> list[tuple[int, str, str]]:
+    """(layer, site, module) of every linear of the layers, in file order."""
+    names = [name.removesuffix(".weight") for name in _floats(checkpoint) if name.endswith(".weight")]
+    found = ((_LINEAR.fullmatch(module), module) for module in [*names, *checkpoint.packed()])
+    return [(int(match[1]), match[2], module) for match, module in found if match]
 
 
 def _bits_per_weight(checkpoint: Checkpoint) -> float:
+    """Group indices are not counted: they say nothing."""
     bits = weights = 0
-    for name in checkpoint.names():
-        if _LINEAR.fullmatch(name):
-            module = name.rpartition(".")[0]
-            stored = [f"{module}.{part}" for part in PARTS[:3]] if name.endswith(".qweight") else [name]
-            bits += 8 * sum(checkpoint.info(part).nbytes for part in stored)
-            weights += _parameters(checkpoint, name)
+    packed = checkpoint.packed()
+    for _, _, module in _linears(checkpoint):
+        linear = packed.get(module)
+        names = [f"{module}.weight"] if linear is None else [n for n in linear.tensors if not n.endswith("g_idx")]
+        bits += 8 * sum(checkpoint.info(name).nbytes for name in names)
+        weights += checkpoint.info(f"{module}.weight").numel if linear is None else linear.shape[0] * linear.shape[1]
     return bits / weights if weights else 0.0
 
 
@@ -166,19 +175,17 @@ def _types(checkpoint: Checkpoint) -> tuple[TypeSize, ...]:
 
 def _sites(checkpoint: Checkpoint) -> tuple[SiteFormat, ...]:
     count: Counter[tuple[str, str]] = Counter()
-    for name in checkpoint.names():
-        if match := _LINEAR.fullmatch(name):
-            packed = checkpoint.linear_format(name.rpartition(".")[0])
-            count[match[2], packed.name if packed else checkpoint.info(name).stored] += 1
+    for _, site, module in _linears(checkpoint):
+        packed = checkpoint.linear_format(module)
+        count[site, packed.name if packed else checkpoint.info(f"{module}.weight").stored] += 1
     return tuple(SiteFormat(site, kind, modules) for (site, kind), modules in sorted(count.items()))
 
 
 def _block_widths(checkpoint: Checkpoint) -> tuple[tuple[int, ...], ...]:
     found: dict[int, set[int]] = defaultdict(set)
-    for name in checkpoint.names():
-        if match := _LINEAR.fullmatch(name):
-            packed = checkpoint.linear_format(name.rpartition(".")[0])
-            found[int(match[1])].update(() if packed is None else (packed.bits,))
+    for layer, _, module in _linears(checkpoint):
+        packed = checkpoint.linear_format(module)
+        found[layer].update(() if packed is None else (packed.bits,))
     return tuple(tuple(sorted(found[layer])) for layer in sorted(found))
 
 

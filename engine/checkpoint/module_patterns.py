@@ -56,3 +56,7 @@ def module_patterns(kinds: Mapping[str, Kind], default: Kind) -> list[tuple[str,
 
 def _either(numbers: list[str]) -> str:
     return numbers[0] if len(numbers) == 1 else f"(?:{'|'.join(numbers)})"
+
+
+def in_a_layer(module: str) -> bool:
+    return _LAYER.fullmatch(module) is not None

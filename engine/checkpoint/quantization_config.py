@@ -1,7 +1,7 @@
 """Reading `quantization_config` (config.json) or quantize_config.json strictly.
 
-Only GPTQ's packing is supported. Everything that changes how packed words are read is understood or refused; keys
-that only tell how the model was calibrated are left alone.
+This file is GPTQ's; dispatch.py has the other formats. Everything that changes how packed words are read is understood
+or refused; keys that only tell how the model was calibrated are left alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from dibit.engine.checkpoint.checkpoint import CheckpointFormat, ModuleRule, Qua
 from dibit.engine.errors import CheckpointError
 from dibit.kernels.formats import Format, FormatError
 
-SUPPORTED = "GPTQ (checkpoint_format gptq or gptq_v2; 2, 3, 4 or 8 bits; no act-order), or an unquantized model"
+SUPPORTED = (
+    "GPTQ (checkpoint_format gptq or gptq_v2; 2, 3, 4 or 8 bits; no act-order), AWQ (version gemm), compressed-tensors "
+    "(pack-quantized), EfficientQAT, BitBLAS, or an unquantized model"
+)
 MAX_PATTERN = 1000
 _ALIASES = {
     "bits": ("bits", "w_bit", "wbits"),
@@ -24,7 +27,6 @@ _ALIASES = {
 }
 _HINTS = {
     "auto-round": "export it again with format auto_gptq",
-    "awq": "use a GPTQ checkpoint of the model, or quantize the float model with `dibit quantize`",
 }
 # Each of these would change what the packed words mean or what is added to the product.
 _MUST_BE_UNSET = ("is_marlin_format", "adapter", "lora")

@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dibit.engine.checkpoint.checkpoint import Quantization, TensorInfo, ZeroChoice, ZeroDecision
-from dibit.engine.checkpoint.gptq import PARTS, WORDWISE_TOOL, GptqTensors, check_order, check_shapes, from_gptq
+from dibit.engine.checkpoint.checkpoint import PackedLinear, Quantization, TensorInfo, ZeroChoice, ZeroDecision
+from dibit.engine.checkpoint.dispatch import Declared, declared_packing
+from dibit.engine.checkpoint.efficientqat import EfficientQatPacking, detect_efficientqat
+from dibit.engine.checkpoint.gptq import check_order
 from dibit.engine.checkpoint.json_file import read_object
-from dibit.engine.checkpoint.quantization_config import parse_quantization
+from dibit.engine.checkpoint.packing import Headers, Packing
 from dibit.engine.checkpoint.safetensors_file import FLOAT_TYPES, SafetensorsFile
 from dibit.engine.checkpoint.zero_convention import SAMPLED_MODULES, decide_zeros
 from dibit.engine.errors import CheckpointError
@@ -42,6 +45,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+# A tensor of one of these names makes its module a packed one.
+_MARKED = (".qweight", ".weight_packed")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)")
 
@@ -53,13 +58,14 @@ class DirectoryCheckpoint:
         self.path = path
         self.config: dict[str, Any] = _read_config(path)
         self._gptq_zero = gptq_zero
-        self.quantization: Quantization | None = self._read_quantization()
+        declared = self._read_quantization()
+        self.quantization: Quantization | None = declared.quantization if declared else None
+        self._packing: Packing | None = declared.packing if declared else None
         self._files: dict[str, SafetensorsFile] = {}
         self._where: dict[str, SafetensorsFile] = {}
         try:
             self._open_files()
-            self._packed = [n.removesuffix(".qweight") for n in self._where if n.endswith(".qweight")]
-            self._check_packed()
+            self._packed = self._read_packed()
         except BaseException:
             self.close()
             raise
@@ -92,47 +98,54 @@ class DirectoryCheckpoint:
         packed = self.linear_format(module)
         if packed is None:
             return self.tensor(f"{module}.weight")
+        assert self._packing is not None
         decision = self.zero_decision()
-        assert decision is not None
-        quantizer = self.quantization.quantizer if self.quantization else None
-        return from_gptq(
+        return self._packing.unpack(
             self._packed_tensors(module),
             packed,
-            zeros=decision.convention,
-            wordwise=(quantizer or "").startswith(WORDWISE_TOOL),
+            zeros="v2" if decision is None else decision.convention,
             module=module,
             source=str(self.path),
         )
 
     def linear_format(self, module: str) -> Format | None:
-        if f"{module}.qweight" in self._where:
-            return self.quantization.format_of(module) if self.quantization else None
+        if module in self._packed:
+            return self._packed[module].format
         self._file(f"{module}.weight")
         return None
+
+    def packed(self) -> Mapping[str, PackedLinear]:
+        return self._packed
 
     def zero_decision(self) -> ZeroDecision | None:
         return self._zero_decision
 
     @cached_property
     def _zero_decision(self) -> ZeroDecision | None:
-        if self.quantization is None:
+        if self.quantization is None or self._packing is None:
+            return None
+        modules = list(self._packed)[:: max(1, len(self._packed) // SAMPLED_MODULES)]
+        samples = (self._packing.sample(self._packed_tensors(m), self._packed[m].format) for m in modules)
+        first = next(samples)
+        if first is None:
+            if self._gptq_zero != "auto":
+                raise CheckpointError(
+                    f"GPTQ's zero points are to be read as {self._gptq_zero}, but {self.name} is "
+                    f"{self.quantization.method}, which stores them in one way only; leave --gptq-zero out"
+                )
             return None
         if self._gptq_zero != "auto":
             return ZeroDecision(self._gptq_zero, f"asked for {self._gptq_zero}")
-        step = max(1, len(self._packed) // SAMPLED_MODULES)
-        sample = self._packed[::step]
-        decision, contradicts = decide_zeros(
-            self.quantization, ((self._packed_tensors(m), f) for m in sample if (f := self.linear_format(m)))
-        )
+        decision, contradicts = decide_zeros(self.quantization, chain([first], (s for s in samples if s is not None)))
         level = logging.WARNING if contradicts else logging.INFO
-        log.log(level, "%s: GPTQ zero points read as %s: %s", self.name, decision.convention, decision.reason)
+        log.log(level, "%s: zero points read as %s: %s", self.name, decision.convention, decision.reason)
         return decision
 
     def packed_bytes(self) -> int:
-        return sum(self.info(name).nbytes for name in self._where if self._is_packed(name))
+        return sum(self.info(name).nbytes for packed in self._packed.values() for name in packed.tensors)
 
     def float_bytes(self) -> int:
-        return sum(self.info(name).nbytes for name in self._where if not self._is_packed(name))
+        return sum(self.info(name).nbytes for name in self._where) - self.packed_bytes()
 
     def has_tokenizer(self) -> bool:
         return any((self.path / name).is_file() for name in _VOCABULARIES)
@@ -163,22 +176,17 @@ class DirectoryCheckpoint:
         except KeyError:
             raise CheckpointError(f"{self.path} has no tensor {name}; it is not a whole model") from None
 
-    def _is_packed(self, name: str) -> bool:
-        module, _, part = name.rpartition(".")
-        return part in PARTS and f"{module}.qweight" in self._where
+    def _packed_tensors(self, module: str) -> dict[str, Tensor]:
+        return {name.rpartition(".")[2]: self._where[name].read(name) for name in self._packed[module].tensors}
 
-    def _packed_tensors(self, module: str) -> GptqTensors:
-        read = {part: self._where[name].read(name) for part in PARTS if (name := f"{module}.{part}") in self._where}
-        return GptqTensors(**read)
-
-    def _read_quantization(self) -> Quantization | None:
-        raw = self.config.get("quantization_config")
+    def _read_quantization(self) -> Declared | None:
+        raw = self.config.get("quantization_config") or self.config.get("compression_config")
         if raw is not None and not isinstance(raw, dict):
             raise CheckpointError(f"{self.path}/config.json: quantization_config is no object; the file is damaged")
         if raw:
-            return parse_quantization(raw, f"{self.path}/config.json")
+            return declared_packing(raw, f"{self.path}/config.json")
         legacy = self.path / "quantize_config.json"
-        return parse_quantization(read_object(legacy), str(legacy), default_method="gptq") if legacy.is_file() else None
+        return declared_packing(read_object(legacy), str(legacy), default_method="gptq") if legacy.is_file() else None
 
     def _open_files(self) -> None:
         weight_map = _weight_map(self.path)
@@ -197,24 +205,62 @@ class DirectoryCheckpoint:
         if not self._where:
             raise CheckpointError(f"{self.path} holds no tensors at all")
 
-    def _check_packed(self) -> None:
-        source = str(self.path)
-        if self.quantization is None:
-            if self._packed:
+    def _read_packed(self) -> dict[str, PackedLinear]:
+        """Every packed module, its headers checked against the declared format."""
+        marked = {n.rpartition(".")[0]: n.rpartition(".")[2] for n in self._where if n.endswith(_MARKED)}
+        if not marked:
+            if self.quantization is not None:
                 raise CheckpointError(
-                    f"{source} has packed tensors ({self._packed[0]}.qweight) but neither quantization_config in "
-                    "config.json nor quantize_config.json says how they are packed; add one with quant_method, bits, "
-                    "group_size, sym and checkpoint_format"
+                    f"{self.path} is declared {self.quantization.method} but has no packed tensors "
+                    f"({' or '.join(mark.lstrip(chr(46)) for mark in _MARKED)}); correct its config"
                 )
-            return
-        if not self._packed:
-            raise CheckpointError(f"{source} is declared GPTQ but has no packed tensors (.qweight); correct its config")
-        for module in self._packed:
-            parts = {part: self.info(n) for part in PARTS if (n := f"{module}.{part}") in self._where}
-            declared = self.quantization.format_of(module)
-            check_shapes(module, parts, declared, source)
-            if self.quantization.act_order and "g_idx" in parts and declared is not None:
-                check_order(module, self._where[f"{module}.g_idx"].read(f"{module}.g_idx"), declared, source)
+            return {}
+        if self.quantization is None:
+            self._detect(marked)
+        assert self.quantization is not None
+        assert self._packing is not None
+        found = {}
+        for module, mark in marked.items():
+            if mark != self._packing.parts[0]:
+                raise CheckpointError(
+                    f"{self.path} is declared {self.quantization.method}, whose packed tensors are called "
+                    f"{self._packing.parts[0]}, but has {module}.{mark}; correct its config"
+                )
+            found[module] = self._read_headers(module, self._packing, self.quantization)
+        return found
+
+    def _read_headers(self, module: str, packing: Packing, quantization: Quantization) -> PackedLinear:
+        parts = self._parts(module, packing)
+        declared = quantization.format_of(module)
+        headers = Headers(
+            module=module,
+            parts=parts,
+            declared=declared,
+            symmetric=quantization.symmetric_of(module),
+            source=str(self.path),
+            read=lambda part: self._where[f"{module}.{part}"].read(f"{module}.{part}"),
+        )
+        shape = packing.shape(headers)
+        assert declared is not None
+        if quantization.act_order and "g_idx" in parts:
+            check_order(module, headers.read("g_idx"), declared, headers.source)
+        return PackedLinear(shape, declared, tuple(f"{module}.{part}" for part in parts))
+
+    def _parts(self, module: str, packing: Packing) -> dict[str, TensorInfo]:
+        return {part: self.info(name) for part in packing.parts if (name := f"{module}.{part}") in self._where}
+
+    def _detect(self, marked: Mapping[str, str]) -> None:
+        packing = EfficientQatPacking()
+        found = detect_efficientqat({module: self._parts(module, packing) for module in marked})
+        if found is None:
+            module, mark = next(iter(marked.items()))
+            raise CheckpointError(
+                f"{self.path} has packed tensors ({module}.{mark}) but neither quantization_config in config.json nor "
+                "quantize_config.json says how they are packed, and their shapes are not those of EfficientQAT; add "
+                "one with quant_method, bits, group_size, sym and checkpoint_format"
+            )
+        log.info("%s: no quantization_config; read as EfficientQAT's, %s by its shapes", self.name, found.format.name)
+        self.quantization, self._packing = found, packing
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from dibit.engine.checkpoint.checkpoint import Checkpoint
-from dibit.engine.checkpoint.export_config import quantization_config
-from dibit.engine.checkpoint.gptq import PARTS, GptqTensors, from_gptq, to_gptq
+from dibit.engine.checkpoint.gptq import GptqPacking
+from dibit.engine.checkpoint.packing import Export
 from dibit.engine.checkpoint.progress import (
     PROGRESS_NAME,
     PackedModule,
@@ -40,12 +40,16 @@ MAX_SHARD_BYTES = 2_000_000_000
 PART_BYTES = 256_000_000
 PARTIAL_SUFFIX = ".partial"
 _LOCK_NAME = "writer.lock"
+# How the source was packed, which says nothing of what is written.
+_SOURCE_ONLY = ("quantization_config", "compression_config")
+GPTQ_V2 = GptqPacking("v2")
 
 
 class CheckpointWriter:
     """A checkpoint in the making, with the config and the tokenizer of `source`.
 
     out        directory to be; an existing one must be empty, or a checkpoint and `overwrite` given
+    export     on-disk format of the packed linears
     settings   what the result depends on; JSON values
     directory  where the unfinished checkpoint lies; other files of the run may be put there
     Raises CheckpointError when `out` is taken, another run is writing it, an interrupted run had other settings, or
@@ -57,6 +61,7 @@ class CheckpointWriter:
         out: Path,
         source: Checkpoint,
         *,
+        export: Export = GPTQ_V2,
         settings: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -64,6 +69,7 @@ class CheckpointWriter:
         self.out = out.absolute()
         self.directory = partial_directory(self.out)
         self._source = source
+        self._export = export
         self._settings = {"model": source.name, "config": source.config, **(settings or {})}
         self._max_shard_bytes = max_shard_bytes
         check_out(self.out, overwrite=overwrite)
@@ -100,9 +106,9 @@ class CheckpointWriter:
         self._flush_when_large()
 
     def add_quantized(self, module: str, q: QTensor) -> None:
-        """Add a linear as GPTQ version 2 tensors; one of the same name is replaced."""
-        packed = to_gptq(q, module=module)
-        self._pending.update(packed.named(module))
+        """Add a linear, packed; one of the same name is replaced. Raises CheckpointError when it cannot be held."""
+        packed = self._export.pack(q, module=module)
+        self._pending.update({f"{module}.{part}": tensor for part, tensor in packed.items()})
         middle = 1 << (q.format.bits - 1)
         symmetric = bool((q.zeros == middle).all())
         self._pending_modules[module] = PackedModule(q.format.bits, q.format.group_size, symmetric)
@@ -111,11 +117,12 @@ class CheckpointWriter:
     def module(self, module: str) -> QTensor:
         """A linear that was added, read back."""
         written = self._modules()[module]
-        tensors = {part: self._read(f"{module}.{part}") for part in PARTS}
-        return from_gptq(
-            GptqTensors(**tensors),
+        where = self._where().keys() | self._pending.keys()
+        names = {part: name for part in self._export.parts if (name := f"{module}.{part}") in where}
+        return self._export.unpack(
+            {part: self._read(name) for part, name in names.items()},
             Format(written.bits, written.group_size),
-            zeros="v2",
+            zeros=self._export.zeros,
             module=module,
             source=str(self.directory),
         )
@@ -152,12 +159,13 @@ class CheckpointWriter:
         """
         self.flush()
         weight_map = self._gather()
-        config = {key: value for key, value in self._source.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in self._source.config.items() if key not in _SOURCE_ONLY}
         modules = self._modules()
         if modules:
-            quantization = quantization_config(modules, self._where(), method=method, facts=facts or {})
+            quantization = self._export.config(modules, self._where(), method=method, facts=facts or {})
             config["quantization_config"] = quantization
-            self._write_json("quantize_config.json", quantization)
+            if self._export.side_file is not None:
+                self._write_json(self._export.side_file, quantization)
         if len(set(weight_map.values())) > 1:
             total = sum(f.entries[name].info.nbytes for name, f in self._locate().items())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -221,7 +229,8 @@ class CheckpointWriter:
         layout = {name: (info.dtype, info.shape) for name, info in entries.items()}
         crc = write_shard(self.directory / file, layout, lambda name: where[name].read(name))
         written = self._modules()
-        modules = {m: written[m] for name in names if (m := name.removesuffix(".qweight")) in written}
+        mark = f".{self._export.parts[0]}"
+        modules = {m: written[m] for name in names if (m := name.removesuffix(mark)) in written}
         parts = [*self._parts, Part(file, crc, tuple(names), modules)]
         newest = {name: part.file for part in parts for name in part.names}
         self._parts = [part for part in parts if any(newest[name] == part.file for name in part.names)]

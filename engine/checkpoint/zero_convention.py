@@ -11,14 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from dibit.engine.checkpoint.checkpoint import Quantization, ZeroConvention, ZeroDecision
-from dibit.engine.checkpoint.gptq import GptqTensors
-from dibit.kernels.formats import Format, unpack_stream
+from dibit.engine.checkpoint.packing import Sample
 
 SAMPLED_MODULES = 8
-SAMPLED_COLUMNS = 256
 # Distance from the midpoint between the two readings at which the means count as evidence.
 DECISIVE = 0.2
 _MAX_BITS_FOR_MEANS = 4
@@ -30,18 +26,16 @@ class _Evidence:
     offset: float | None
 
 
-def decide_zeros(
-    quantization: Quantization, modules: Iterable[tuple[GptqTensors, Format]]
-) -> tuple[ZeroDecision, bool]:
-    """The convention from label, tool and the values of some `modules`.
+def decide_zeros(quantization: Quantization, modules: Iterable[Sample]) -> tuple[ZeroDecision, bool]:
+    """The convention from label, tool and the values of some `modules`. No label but `gptq` means version 1.
 
     returns  the decision, and whether it contradicts the label
     """
-    declared: ZeroConvention = "v2" if quantization.checkpoint_format == "gptq_v2" else "v1"
+    declared: ZeroConvention = "v1" if quantization.checkpoint_format == "gptq" else "v2"
     label = f"labelled {quantization.checkpoint_format}" + (
         f" by {quantization.quantizer}" if quantization.quantizer else ""
     )
-    evidence = [_weigh(*module) for module in modules]
+    evidence = [_weigh(module) for module in modules]
     votes = {e.symmetric for e in evidence if e.symmetric is not None}
     if len(votes) == 1:
         found = votes.pop()
@@ -59,18 +53,19 @@ def decide_zeros(
     return ZeroDecision(found, reason), found != declared
 
 
-def _weigh(tensors: GptqTensors, format: Format) -> _Evidence:
-    fields = unpack_stream(tensors.qzeros, format.bits)
+def _weigh(sample: Sample) -> _Evidence:
+    fields, bits = sample.fields, sample.format.bits
     first = int(fields[0, 0])
-    middle = 1 << (format.bits - 1)
+    middle = 1 << (bits - 1)
     if first in (middle, middle - 1) and bool((fields == first).all()):
         return _Evidence("v2" if first == middle else "v1", None)
-    if format.bits > _MAX_BITS_FOR_MEANS:
+    if bits > _MAX_BITS_FOR_MEANS:
         return _Evidence(None, None)
-    return _Evidence(None, _offset(tensors.qweight[:, :SAMPLED_COLUMNS], fields[:, :SAMPLED_COLUMNS], format))
+    return _Evidence(None, _offset(sample))
 
 
-def _offset(qweight: Tensor, fields: Tensor, format: Format) -> float:
-    codes = unpack_stream(qweight.T.contiguous(), format.bits)
-    means = codes.reshape(codes.shape[0], fields.shape[0], -1).float().mean(dim=2)
-    return float((means - fields.T.float()).mean())
+def _offset(sample: Sample) -> float:
+    codes = sample.codes
+    fields = sample.fields[: codes.shape[0]]
+    means = codes.reshape(*fields.shape, -1).float().mean(dim=2)
+    return float((means - fields.float()).mean())

@@ -16,7 +16,10 @@ from dibit.engine.errors import CheckpointError
 from dibit.engine.models.spec import Arch, LinearSite, Part, Sizes, float_shapes
 from dibit.kernels.formats import Format, QTensor, dequantize
 
-PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+PACKED_SUFFIXES = (
+    *("qweight", "qzeros", "zeros", "scales", "g_idx"),
+    *("weight_packed", "weight_zero_point", "weight_scale", "weight_shape", "weight_g_idx"),
+)
 
 
 class TensorHeader(Protocol):

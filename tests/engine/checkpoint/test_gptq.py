@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dibit.engine.checkpoint.checkpoint import Quantization, ZeroConvention
-from dibit.engine.checkpoint.gptq import GptqTensors, from_gptq, to_gptq
+from dibit.engine.checkpoint.gptq import GptqPacking, GptqTensors, from_gptq, to_gptq
+from dibit.engine.checkpoint.packing import Sample
 from dibit.engine.checkpoint.zero_convention import decide_zeros
 from dibit.engine.errors import CheckpointError
 from dibit.kernels.formats import BITS, Format, QTensor
@@ -153,6 +154,10 @@ def test_scales_that_are_not_finite_are_refused() -> None:
         from_gptq(packed, Format(4, 32), zeros="v2")
 
 
+def sample(q: QTensor, written: ZeroConvention) -> Sample:
+    return GptqPacking().sample(to_gptq(q, zeros=written).named(""), q.format)
+
+
 def quantization(bits: int, *, symmetric: bool, label: str, quantizer: str | None = None) -> Quantization:
     return Quantization("gptq", bits, 32, symmetric, "gptq" if label == "gptq" else "gptq_v2", quantizer=quantizer)
 
@@ -169,7 +174,7 @@ def test_the_convention_is_found_whatever_the_label(
     for _ in range(3):
         q = rounded_weight(64, 128, form, symmetric=symmetric)
         q.zeros.clamp_(min=1)
-        modules.append((to_gptq(q, zeros=written), form))
+        modules.append(sample(q, written))
     decision, contradicts = decide_zeros(quantization(bits, symmetric=symmetric, label=label), modules)
     declared = "v2" if label == "gptq_v2" else "v1"
     # A step of 8 bits is too small for the means of asymmetric groups to tell.
@@ -184,7 +189,7 @@ def test_values_that_do_not_tell_leave_the_label() -> None:
     between = QTensor((q.codes * 0 + 3).to(torch.uint8), q.zeros, q.scales, q.format)
     between.codes[:, ::2] += 1
     decision, contradicts = decide_zeros(
-        quantization(4, symmetric=False, label="gptq", quantizer="sometool:1.0"), [(to_gptq(between), q.format)]
+        quantization(4, symmetric=False, label="gptq", quantizer="sometool:1.0"), [sample(between, "v2")]
     )
     assert (decision.convention, contradicts) == ("v1", False)
     assert "sometool:1.0" in decision.reason

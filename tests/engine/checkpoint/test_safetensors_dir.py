@@ -303,8 +303,7 @@ def test_the_older_config_file_and_its_names(tmp_path: Path) -> None:
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "awq": ({"quant_method": "awq"}, "quant_method 'awq'; supported: GPTQ"),
-    "compressed": ({"quant_method": "compressed-tensors"}, "'compressed-tensors'; supported"),
+    "hqq": ({"quant_method": "hqq"}, "quant_method 'hqq'; supported: GPTQ.*AWQ.*compressed-tensors"),
     "bitsandbytes": ({"quant_method": "bitsandbytes"}, "'bitsandbytes'; supported"),
     "fp8": ({"quant_method": "fp8"}, "'fp8'; supported"),
     "auto-round": ({"quant_method": "auto-round"}, "format auto_gptq"),
@@ -343,9 +342,9 @@ def test_a_config_that_is_not_supported(tmp_path: Path, case: str) -> None:
 
 
 def test_another_method_is_refused_before_a_weight_file_is_touched(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", CONFIG | {"quantization_config": {"quant_method": "awq"}})
+    write_json(tmp_path / "config.json", CONFIG | {"quantization_config": {"quant_method": "hqq"}})
     (tmp_path / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(CheckpointError, match="quant_method 'awq'"):
+    with pytest.raises(CheckpointError, match="quant_method 'hqq'"):
         open_checkpoint(tmp_path)
 
 
@@ -398,7 +397,7 @@ def test_act_order_is_refused_at_opening(tmp_path: Path) -> None:
 
 
 def test_packed_tensors_without_a_config_and_the_other_way_round(tmp_path: Path) -> None:
-    form = Format(4, 32)
+    form = Format(8, 32)
     packed = to_gptq(rounded_weight(64, 128, form)).named(MODULE)
     with pytest.raises(CheckpointError, match="says how they are packed"):
         open_checkpoint(write_model(tmp_path / "a", packed))
