@@ -150,7 +150,9 @@ class Output:
         self.block_rss_bytes.append(psutil.Process().memory_info().rss)
         left_s = sum(self.block_seconds) / len(self.block_seconds) * (self._layers - layer - 1)
         if self._progress is not None:
-            self._progress(layer + 1, self._layers, f"about {duration(left_s)} left" if left_s else "")
+            worst = max(done.sites, key=lambda site: site.weight_error)
+            note = f"layers.{layer} in {duration(self.block_seconds[-1])}, weight error up to {worst.weight_error:.2e}"
+            self._progress(layer + 1, self._layers, f"{note}, about {duration(left_s)} left" if left_s else note)
 
     def tell(self, layer: int, note: str) -> None:
         if self._progress is not None:

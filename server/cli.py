@@ -19,7 +19,7 @@ from dibit.engine.config import EngineConfig
 from dibit.engine.errors import DibitError, UserError
 from dibit.server.cli_bench import bench_app
 from dibit.server.cli_eval import eval_app
-from dibit.server.cli_quantize import quantize
+from dibit.server.cli_quantize import quantize, report
 from dibit.server.options import Json, Model, engine_options
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 110},
 )
 app.command()(quantize)
+app.command()(report)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 

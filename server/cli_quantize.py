@@ -1,7 +1,8 @@
-"""`dibit quantize`: a float checkpoint becomes a low-bit one."""
+"""`dibit quantize`: a float checkpoint becomes a low-bit one; `dibit report`: what that came to, as a page."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +43,7 @@ def quantize(
     from dibit.quantize import METHODS, quantize_checkpoint
     from dibit.quantize.budget import Budget
     from dibit.quantize.plan import Plan
+    from dibit.quantize.report_html import HTML_NAME
     from dibit.server.progress import quantize_progress
 
     if method not in METHODS:
@@ -57,7 +59,7 @@ def quantize(
     )
     given = None if plan_file is None else Plan.from_json(q.read_plan(plan_file))
     with quantize_progress() as progress:
-        report = quantize_checkpoint(
+        done = quantize_checkpoint(
             model,
             out,
             method=METHODS[method](**parse_assignments(METHODS[method], option or [])),
@@ -74,4 +76,22 @@ def quantize(
             revision=revision,
             progress=progress,
         )
-    typer.echo(report.summary())
+    typer.echo(f"{done.summary()}\nreport: {out / HTML_NAME}")
+
+
+def report(
+    checkpoint: Annotated[Path, typer.Argument(help="directory of a checkpoint that quantize wrote", metavar="DIR")],
+) -> None:
+    """Make the report page of a quantized checkpoint again, from its JSON; print the summary.
+
+    Example: dibit report models/demo-4bit
+    """
+    from dibit.quantize.report import QuantizeReport
+    from dibit.quantize.report_html import write_html
+
+    found = QuantizeReport.read(checkpoint)
+    try:
+        page = write_html(found, checkpoint)
+    except OSError as error:
+        raise ConfigError(f"cannot write into {checkpoint}: {error.strerror or error}") from error
+    typer.echo(f"{found.summary()}\n{page}")

@@ -1,4 +1,4 @@
-"""Progress of long commands: a live line on a terminal, plain lines now and then in a log."""
+"""Progress of long commands: a live display on a terminal, plain lines now and then in a log."""
 
 from __future__ import annotations
 
@@ -7,50 +7,110 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import psutil
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 LOG_EVERY_S = 15.0
+# The time left is told by the pace of the last few steps: those that an earlier run finished pass at once.
+PACE_STEPS = 6
+
+Update = Callable[[int, int, str], None]
+
+
+class Pace:
+    """How long the rest will take, from when steps were finished."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends: list[float] = []
+        self._done = self._total = -1
+
+    def update(self, done: int, total: int) -> None:
+        self._total = total
+        if done != self._done:
+            self._done = done
+            self._ends = [*self._ends[-PACE_STEPS:], self._clock()]
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds; None while no step was finished."""
+        if len(self._ends) < 2:
+            return None
+        each = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return max(0.0, each * (self._total - self._done) - (self._clock() - self._ends[-1]))
 
 
 @contextmanager
-def _bar(unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yields update(done, total, note)."""
-    if not sys.stderr.isatty():
-        last = -LOG_EVERY_S
+def window_progress(measure: str = "ppl") -> Iterator[Callable[[int, int, float], None]]:
+    """For measurements over windows of a text: progress(done, windows, `measure` so far)."""
+    with _shown("window") as update:
+        yield lambda done, total, value: update(done, total, f"{measure} {value:.4g}")
 
-        def log(done: int, total: int, note: str) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if done == total or now - last >= LOG_EVERY_S:
-                last = now
-                print(f"{unit} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
 
-        yield log
-        return
-    columns = (
+@contextmanager
+def quantize_progress() -> Iterator[Update]:
+    """For quantize: progress(blocks done, blocks, what is being done and how it goes)."""
+    with _shown("block") as update:
+        yield update
+
+
+@contextmanager
+def _shown(unit: str) -> Iterator[Update]:
+    if sys.stderr.isatty():
+        with _display(unit, Console(stderr=True)) as update:
+            yield update
+    else:
+        yield _log(unit)
+
+
+def _log(unit: str) -> Update:
+    """A line at most every LOG_EVERY_S, and the last one."""
+    last = -LOG_EVERY_S
+
+    def log(done: int, total: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= LOG_EVERY_S:
+            last = now
+            print(f"{unit} {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    return log
+
+
+@contextmanager
+def _display(unit: str, console: Console) -> Iterator[Update]:
+    """A bar with the time left and the memory in use, and under it what is being done."""
+    bar = Progress(
         TextColumn(unit),
-        BarColumn(),
+        BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[rest]}"),
+        console=console,
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(unit, total=None, note="")
-        yield lambda done, total, note: progress.update(task, completed=done, total=total, note=note)
+    task = bar.add_task(unit, total=None, rest="")
+    pace, process, note = Pace(), psutil.Process(), ""
 
+    def rendered() -> RenderableType:
+        left_s = pace.left_s
+        left = "" if left_s is None else f"{_clock_time(left_s)} left, "
+        bar.update(task, rest=f"{left}{process.memory_info().rss / 2**30:.2f} GiB in use")
+        return Group(bar, Text(note, style="dim", overflow="ellipsis", no_wrap=True))
 
-@contextmanager
-def window_progress() -> Iterator[Callable[[int, int, float], None]]:
-    """For perplexity: progress(done, windows, ppl so far)."""
-    with _bar("window") as update:
-        yield lambda done, total, ppl: update(done, total, f"ppl {ppl:.3f}")
+    def update(done: int, total: int, text: str) -> None:
+        nonlocal note
+        note = text
+        pace.update(done, total)
+        bar.update(task, completed=done, total=total)
 
-
-@contextmanager
-def quantize_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """For quantize: progress(blocks done, blocks, note)."""
-    with _bar("block") as update:
+    with Live(get_renderable=rendered, console=console, refresh_per_second=4):
         yield update
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

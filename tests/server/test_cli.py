@@ -76,6 +76,7 @@ def test_help_names_every_command(run: Callable[..., Ended]) -> None:
         (["bench", "ops", "--shapes", "big"], "4096x11008"),
         (["bench", "decode", "demo", "--batch-sizes", "one"], "1,8,32"),
         (["eval", "ppl", "demo", "--text", "/no/such/file"], "/no/such/file"),
+        (["report", "."], "dibit quantize"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -130,6 +131,11 @@ def test_quantize_writes_a_checkpoint_and_says_what_it_did(run: Callable[..., En
     assert ended.status == 0
     assert "2.28 bits per quantized weight" in ended.out
     assert (tmp_path / "demo-2bit" / "config.json").exists()
+    page = tmp_path / "demo-2bit" / "quantize_report.html"
+    before = page.read_text(encoding="utf-8")
+    page.unlink()
+    assert str(page) in run("report", tmp_path / "demo-2bit").out
+    assert page.read_text(encoding="utf-8") == before
 
 
 @pytest.mark.demo
