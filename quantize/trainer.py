@@ -47,6 +47,7 @@ class Schedule:
     held_out    share of the segments that are not trained on
     decay       course of the rates
     final_rate  share of the rates that is left at the end
+    warmup      share of the steps in which the rates rise to their full size
     """
 
     steps: int
@@ -54,6 +55,7 @@ class Schedule:
     held_out: float
     decay: Decay = "cosine"
     final_rate: float = 0.0
+    warmup: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -66,7 +68,8 @@ class Schedule:
         """Factor on the rates of step 0 <= step < steps."""
         done = step / self.steps
         shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "none": 1.0}[self.decay]
-        return self.final_rate + (1 - self.final_rate) * shape
+        rising = min(1.0, (step + 1) / (self.warmup * self.steps)) if self.warmup else 1.0
+        return rising * (self.final_rate + (1 - self.final_rate) * shape)
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ def _attempt(
     best_state = [p.detach().clone() for p in parameters]
     # Adam's steps do not depend on the size of the loss as long as its epsilon is small against the gradients.
     unit = best if best > 0 else 1.0
-    order = _Order(data.training, job.seed, job.layer)
+    order = Order(data.training, job.seed, job.layer)
     skipped, pending = 0, []
     stops = {round(schedule.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)} - {0}
     begun = time.monotonic()
@@ -247,11 +250,15 @@ def _attempt(
                 best, course.best_step = found, step + 1
                 best_state = [p.detach().clone() for p in parameters]
         left_s = (time.monotonic() - begun) / (step + 1) * (schedule.steps - step - 1)
-        job.tell(f"layers.{job.layer}, step {step + 1} of {schedule.steps}, {duration(left_s)} left in this block")
+        job.tell(
+            f"layers.{job.layer}, step {step + 1} of {schedule.steps}, loss {float(loss.detach()):.2e}, "
+            f"held out {best:.2e} (first {course.validation[0][1]:.2e}), "
+            f"{course.tokens / course.training_s:.0f} tokens/s, {duration(left_s)} left in this block"
+        )
     _restore(parameters, best_state)
 
 
-class _Order:
+class Order:
     """Segments in random order, each once before any comes again."""
 
     def __init__(self, segments: Tensor, seed: int, layer: int) -> None:
