@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from dibit.kernels.formats import BITS, Format
+from dibit.kernels.formats import BITS, ZERO_GRIDS, Format, ZeroGrid
+from dibit.kernels.qlinear import ACTIVATION_BITS
 
 Backend = Literal["auto", "cpu", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "reference")
@@ -24,21 +25,31 @@ class NoKernel(RuntimeError):
 
 @dataclass(frozen=True)
 class Impl:
-    """One body of an op. `available` names a function that returns None, or the reason it cannot run here."""
+    """One body of an op. `available` names a function that returns None, or the reason it cannot run here.
+
+    zero_grids       readings of the zero field that it computes with
+    activation_bits  widths to which it can round its input
+    """
 
     backend: str
     target: str
     pack: str | None = None
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     bits: frozenset[int] = frozenset(BITS)
+    zero_grids: frozenset[ZeroGrid] = frozenset({"integer"})
+    activation_bits: frozenset[int] = frozenset()
     available: str | None = None
 
-    def refusal(self, device: str, format: Format | None) -> str | None:
+    def refusal(self, device: str, format: Format | None, activation_bits: int | None = None) -> str | None:
         """Why this body cannot serve, or None."""
         if device not in self.devices:
             return f"runs on {', '.join(sorted(self.devices))}, not on {device}"
         if format is not None and format.bits not in self.bits:
             return f"has no {format.bits}-bit kernel (it has {', '.join(map(str, sorted(self.bits)))})"
+        if format is not None and format.zero_grid not in self.zero_grids:
+            return f"has no kernel for {format.zero_grid} zero points"
+        if activation_bits is not None and activation_bits not in self.activation_bits:
+            return f"has no kernel for activations of {activation_bits} bits"
         if self.available is not None:
             reason: str | None = _load(self.available)()
             return reason
@@ -58,14 +69,30 @@ class Resolved:
 
 _CPU_ONLY = frozenset({"cpu"})
 _NATIVE = "dibit.kernels.native:unavailable"
+_ALL_GRIDS = frozenset(ZERO_GRIDS)
+_ALL_ACTIVATIONS = frozenset(ACTIVATION_BITS)
 
 
 def _reference(target: str, pack: str | None = None) -> Impl:
-    return Impl("reference", f"dibit.kernels.{target}", pack=pack)
+    return Impl(
+        "reference",
+        f"dibit.kernels.{target}",
+        pack=pack,
+        zero_grids=_ALL_GRIDS,
+        activation_bits=_ALL_ACTIVATIONS,
+    )
 
 
 def _cpu(target: str, pack: str | None = None) -> Impl:
-    return Impl("cpu", f"dibit.kernels.{target}", pack=pack, devices=_CPU_ONLY, available=_NATIVE)
+    return Impl(
+        "cpu",
+        f"dibit.kernels.{target}",
+        pack=pack,
+        devices=_CPU_ONLY,
+        zero_grids=_ALL_GRIDS,
+        activation_bits=_ALL_ACTIVATIONS,
+        available=_NATIVE,
+    )
 
 
 _PACK_CPU = "dibit.kernels.qlinear_cpu:pack"
@@ -93,13 +120,23 @@ IMPLS: dict[str, tuple[Impl, ...]] = {
 }
 
 
-def resolve(op: str, *, device: str, backend: Backend = "auto", format: Format | None = None) -> Resolved:
-    """The body of `op` for a device type ("cpu", "cuda") and a weight format. Raises NoKernel with every reason."""
+def resolve(
+    op: str,
+    *,
+    device: str,
+    backend: Backend = "auto",
+    format: Format | None = None,
+    activation_bits: int | None = None,
+) -> Resolved:
+    """The body of `op` for a device type ("cpu", "cuda"), a weight format and a width of the activations.
+
+    Raises NoKernel with every reason.
+    """
     refusals: list[tuple[str, str]] = []
     for impl in IMPLS[op]:
         if backend not in ("auto", impl.backend):
             continue
-        reason = impl.refusal(device, format)
+        reason = impl.refusal(device, format, activation_bits)
         if reason is None:
             pack = None if impl.pack is None else _load(impl.pack)
             return Resolved(op, impl.backend, _load(impl.target), pack, tuple(refusals))

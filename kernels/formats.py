@@ -26,6 +26,7 @@ bit first, cut into 32-bit words:
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,11 +161,15 @@ def round_scales(scales: Tensor) -> Tensor:
 
 
 def zero_points(zeros: Tensor, format: Format) -> Tensor:
-    """What zero fields stand for: uint8 of any shape -> z float32 of that shape."""
+    """What zero fields stand for: uint8 of any shape -> z float32 of that shape.
+
+    With the two numbers of the line as float32, z = first + step * c rounded once (a fused multiply-add).
+    """
     if format.zero_grid == "integer":
         return zeros.float()
-    first, step = format.zero_line
-    return (zeros.double() * step + first).float()
+    first, step = (struct.unpack("f", struct.pack("f", value))[0] for value in format.zero_line)
+    z: Tensor = zeros.double() * step + first
+    return z.float()
 
 
 def zero_fields(z: Tensor, format: Format) -> Tensor:

@@ -1,13 +1,14 @@
 """The quantized linear on the C++ cpu backend (csrc/qlinear.h has the layout and the arithmetic).
 
-Weights keep exactly their bits; scales stay float16 where that is exact and float32 otherwise; zero points are
-integers. Activations are rounded to int8 once per call, symmetric, with one float32 scale per block of
-min(group_size, 32) columns, so an output differs from the reference by at most
+Weights keep exactly their bits; scales stay float16 where that is exact and float32 otherwise; zero points stay
+fields, and become numbers once per group. Activations are rounded to int8 once per call, symmetric, with one float32
+scale per block of min(group_size, 32) columns, so an output differs from the reference by at most
 
     sum over blocks of  (s_a / 2) * sum over the block of |w|,        s_a = max|x| over the block / 127
 
-plus float32 rounding of the sum over blocks. A NaN or an infinity in a row of x makes the whole row of y NaN; a NaN
-or infinite scale of w makes the outputs of its row NaN or infinite.
+plus float32 rounding of the sum over blocks. With `activation_bits` the scale is that of the whole row, as the
+reference defines it, and only the rounding of the sum is left. A NaN or an infinity in a row of x makes the whole row
+of y NaN; a NaN or infinite scale of w makes the outputs of its row NaN or infinite.
 
 Rows of y are the same bits for every M, thread count and instruction set.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from dibit.kernels import native, tape
 from dibit.kernels.contract import Dims
 from dibit.kernels.formats import PER_CHANNEL, Format, FormatError, QTensor
+from dibit.kernels.qlinear import check_activation_bits
 
 PANEL_ROWS = 16
 MAX_BLOCK = 32
@@ -39,6 +41,7 @@ class QWeightStruct(ctypes.Structure):
         ("zeros", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("n", "k", "padded", "block", "blocks", "groups")),
         *((name, ctypes.c_int64) for name in ("blocks_per_group", "bits", "scale_bytes")),
+        *((name, ctypes.c_float) for name in ("zero_first", "zero_step")),
     ]
 
 
@@ -91,6 +94,7 @@ def pack(w: QTensor) -> CpuQWeight:
     blocks_per_group = blocks if w.format.group_size == PER_CHANNEL else w.format.group_size // block
     groups = blocks // blocks_per_group
     panels = -(-n // PANEL_ROWS)
+    zero_first, zero_step = w.format.zero_line
     scales = _narrow(w.scales).contiguous()
     codes = torch.empty(panels, padded * PANEL_ROWS * w.format.bits // 8, dtype=torch.uint8)
     zeros_out = torch.empty(panels, groups, PANEL_ROWS, dtype=torch.uint8)
@@ -108,6 +112,8 @@ def pack(w: QTensor) -> CpuQWeight:
         blocks_per_group=blocks_per_group,
         bits=w.format.bits,
         scale_bytes=scales.element_size(),
+        zero_first=zero_first,
+        zero_step=zero_step,
     )
     source = w.codes.contiguous()
     zeros = w.zeros.contiguous()
@@ -121,14 +127,23 @@ def pack(w: QTensor) -> CpuQWeight:
     return CpuQWeight(codes, zeros_out, scales_out, n, k, w.format, struct)
 
 
-def qlinear(x: Tensor, w: CpuQWeight, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def qlinear(
+    x: Tensor,
+    w: CpuQWeight,
+    bias: Tensor | None = None,
+    *,
+    activation_bits: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """y = x · dequantize(w)ᵀ + bias, contract in qlinear.py.
 
     x     [M, K] float32, contiguous; bfloat16 and float16 are converted
     bias  [N] float32, or None
+    activation_bits  4, 6 or 8: x is rounded so, a row at a time; None: as the module docstring says
     out   [M, N] to write into, dtype of x, or None
     y     [M, N], dtype of x
     """
+    bits = 0 if activation_bits is None else check_activation_bits(activation_bits)
     dims = Dims("qlinear", N=w.n, K=w.k)
     dims.check("x", x, "M K", _INPUT_TYPES)
     if bias is not None:
@@ -139,7 +154,7 @@ def qlinear(x: Tensor, w: CpuQWeight, bias: Tensor | None = None, *, out: Tensor
     wide = x if x.dtype == torch.float32 else x.float()
     y = out if out is not None and out.dtype == torch.float32 else tape.empty(m, w.n)
     native.function("dibit_qlinear", *_QLINEAR_TYPES)(
-        ctypes.byref(w.native), wide.data_ptr(), m, None if bias is None else bias.data_ptr(), y.data_ptr()
+        ctypes.byref(w.native), wide.data_ptr(), m, None if bias is None else bias.data_ptr(), bits, y.data_ptr()
     )
     if x.dtype == torch.float32:
         return y
@@ -148,7 +163,14 @@ def qlinear(x: Tensor, w: CpuQWeight, bias: Tensor | None = None, *, out: Tensor
 
 _INPUT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PACK_TYPES = (ctypes.POINTER(QWeightStruct), native.POINTER, native.POINTER, native.POINTER, native.INT)
-_QLINEAR_TYPES = (ctypes.POINTER(QWeightStruct), native.POINTER, native.INT, native.POINTER, native.POINTER)
+_QLINEAR_TYPES = (
+    ctypes.POINTER(QWeightStruct),
+    native.POINTER,
+    native.INT,
+    native.POINTER,
+    native.INT,
+    native.POINTER,
+)
 
 
 def _narrow(scales: Tensor) -> Tensor:

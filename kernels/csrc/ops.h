@@ -11,7 +11,8 @@ struct QWeight;
 
 DIBIT_API int dibit_embedding(const dibit::QWeight* w, const int64_t* ids, int64_t count, float* y);
 
-DIBIT_API int dibit_qlinear(const dibit::QWeight* w, const float* x, int64_t m, const float* bias, float* y);
+DIBIT_API int dibit_qlinear(const dibit::QWeight* w, const float* x, int64_t m, const float* bias,
+                            int64_t activation_bits, float* y);
 
 DIBIT_API int dibit_rms_norm(float* y, const float* x, float* residual, const float* weight, int64_t rows, int64_t k,
                              float eps);

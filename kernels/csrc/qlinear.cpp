@@ -133,11 +133,12 @@ int64_t token_block(const QWeight& w, int64_t m) {
 // Work that is worth waking a second thread for, in bytes of weights times tokens.
 constexpr int64_t kGrainBytes = 16 << 10;
 
-void linear(const QWeight& w, const float* x, int64_t m, const float* bias, float* y, Workspace& space) {
+void linear(const QWeight& w, const float* x, int64_t m, const float* bias, int row_qmax, float* y,
+            Workspace& space) {
   const QKernels& kernel = kernels();
   auto quantize = [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
-      kernel.quantize(x + t * w.k, w, space.codes() + t * w.padded, space.scales() + t * w.blocks,
+      kernel.quantize(x + t * w.k, w, row_qmax, space.codes() + t * w.padded, space.scales() + t * w.blocks,
                       space.sums() + t * w.blocks);
   };
   parallel_for(m, std::max<int64_t>(1, kGrainBytes / w.padded), quantize);
@@ -164,7 +165,7 @@ void embedding_row(const QWeight& w, int64_t id, float* y) {
   for (int64_t g = 0, k = 0; k < w.k; ++g) {
     const int64_t meta = (panel * w.groups + g) * kRows + row;
     const float scale = scale_at(w, meta);
-    const int zero = w.zeros[meta];
+    const float zero = zero_at(w, meta);
     for (const int64_t stop = std::min(w.k, k + columns_per_group); k < stop;) {
       const int64_t cell = k / 4;
       const int64_t slot = cell % 8;
@@ -177,7 +178,7 @@ void embedding_row(const QWeight& w, int64_t id, float* y) {
         } else {
           code = base[cell / per_vector * kCell + j] >> (cell % per_vector * w.bits) & mask;
         }
-        y[k] = static_cast<float>(code - zero) * scale;
+        y[k] = (static_cast<float>(code) - zero) * scale;
       }
     }
   }
@@ -217,13 +218,16 @@ DIBIT_API int dibit_qlinear_pack(const QWeight* w, const uint8_t* codes, const u
   return (seen.load() & above) != 0 ? dibit::kCodeTooLarge : dibit::kOk;
 }
 
-// x [M, K], bias [N] or null, y [M, N]; contiguous float32.
-DIBIT_API int dibit_qlinear(const QWeight* w, const float* x, int64_t m, const float* bias, float* y) {
+// x [M, K], bias [N] or null, y [M, N]; contiguous float32. activation_bits: 2 to 8, or 0 for a scale per block.
+DIBIT_API int dibit_qlinear(const QWeight* w, const float* x, int64_t m, const float* bias, int64_t activation_bits,
+                            float* y) {
   static thread_local dibit::Workspace space;
-  if (!dibit::valid(*w) || m < 0) return dibit::kBadLayout;
+  const bool width = activation_bits == 0 || (activation_bits >= 2 && activation_bits <= 8);
+  if (!dibit::valid(*w) || m < 0 || !width) return dibit::kBadLayout;
   if (m == 0) return dibit::kOk;
   if (!space.reserve(m, *w)) return dibit::kNoMemory;
-  dibit::linear(*w, x, m, bias, y, space);
+  const int row_qmax = activation_bits == 0 ? 0 : (1 << (activation_bits - 1)) - 1;
+  dibit::linear(*w, x, m, bias, row_qmax, y, space);
   return dibit::kOk;
 }
 

@@ -13,13 +13,16 @@
 // Columns are padded with zero codes to whole blocks (3 bits: to 32 columns at least), rows to whole panels.
 //
 // Activations are quantized once per call: symmetric int8 in [-127, 127], one float32 scale per block of
-// min(group, 32) columns (the library takes 16, 32 or 64). With integer sums per block, exact in int32,
+// min(group, 32) columns (the library takes 16, 32 or 64). A call may ask for activations of 4, 6 or 8 bits instead:
+// then one scale holds for the whole row, and is repeated in its blocks. With integer sums per block, exact in int32,
 //
 //   y[m, n] = sum over blocks b in ascending order of  (isum - z * asum) * (s_w * s_a)     one fma each, from 0
 //
+// z = zero_first + zero_step * field, one fma; isum - z * asum another: exact where z is an integer (all below 2^24),
+// rounded once where it is a fraction.
 // then + bias. Every body (portable, AVX2, AVX-512; one token or many) follows exactly this order of float
-// operations, so that they agree bit for bit and a row of y does not depend on the other rows. A block that holds a
-// NaN or an infinity has scale NaN, hence a row of y that is NaN.
+// operations, so that they agree bit for bit and a row of y does not depend on the other rows. A block (or row) that
+// holds a NaN or an infinity has scale NaN, hence a row of y that is NaN.
 #pragma once
 #include <cstdint>
 
@@ -44,6 +47,7 @@ struct QWeight {
   int64_t blocks_per_group;
   int64_t bits;
   int64_t scale_bytes;
+  float zero_first, zero_step;  // a zero field c stands for zero_first + zero_step * c
 
   __attribute__((always_inline)) int64_t panels() const { return (n + kRows - 1) / kRows; }
   __attribute__((always_inline)) int64_t panel_bytes() const { return padded / 4 * kCell * bits / 8; }
@@ -57,8 +61,9 @@ struct Activations {
 
 // One body per ISA.
 struct QKernels {
-  // One row of x, `columns` of them real and zero up to padded.
-  void (*quantize)(const float* x, const QWeight& w, int8_t* codes, float* scales, float* sums);
+  // One row of x, w.k columns and zeros up to w.padded. `row_qmax` is the largest code under one scale for the whole
+  // row; 0: a scale for each block, and codes up to 127.
+  void (*quantize)(const float* x, const QWeight& w, int row_qmax, int8_t* codes, float* scales, float* sums);
   // y[n] for the rows of panels [begin, end), one token.
   void (*gemv)(const QWeight& w, const Activations& a, const float* bias, float* y, int64_t begin, int64_t end);
   // y[m, n] (row stride w.n) for tokens [0, m), m <= kMaxTokens.
@@ -73,7 +78,7 @@ const QKernels& portable_kernels();
 const QKernels& avx2_kernels();
 const QKernels& avx512_kernels();
 // The activations of the AVX-512 body too: a division per element bounds it.
-void quantize_avx2(const float* x, const QWeight& w, int8_t* codes, float* scales, float* sums);
+void quantize_avx2(const float* x, const QWeight& w, int row_qmax, int8_t* codes, float* scales, float* sums);
 #endif
 
 // Calls body<bits, block> for the shape of `w`.
@@ -117,6 +122,15 @@ static inline float half_to_float(uint16_t h) {
 static inline float scale_at(const QWeight& w, int64_t index) {
   return w.scale_bytes == 2 ? half_to_float(static_cast<const uint16_t*>(w.scales)[index])
                             : static_cast<const float*>(w.scales)[index];
+}
+
+static inline float zero_at(const QWeight& w, int64_t index) {
+  return __builtin_fmaf(static_cast<float>(w.zeros[index]), w.zero_step, w.zero_first);
+}
+
+// Scale of numbers up to `top`, of which the largest becomes the code `qmax`; NaN where top is not finite.
+static inline float activation_scale(float top, int qmax) {
+  return top <= 3.402823466e38f ? top / static_cast<float>(qmax) : __builtin_nanf("");
 }
 
 // How far ahead one token reads: across a page border the hardware does not look. Several tokens fetch the next chunk

@@ -59,13 +59,14 @@ DIBIT_INLINE Meta load_meta(const QWeight& w, int64_t index) {
                         ? _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(
                               static_cast<const uint16_t*>(w.scales) + at)))
                         : _mm256_load_ps(static_cast<const float*>(w.scales) + at);
-    meta.zero[h] = _mm256_cvtepi32_ps(
+    const __m256 field = _mm256_cvtepi32_ps(
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w.zeros + at))));
+    meta.zero[h] = _mm256_fmadd_ps(field, _mm256_set1_ps(w.zero_step), _mm256_set1_ps(w.zero_first));
   }
   return meta;
 }
 
-// sum += (dots - zero * asum) * (scale * xscale); the difference is an integer below 2^24, so it is exact.
+// sum += (dots - zero * asum) * (scale * xscale)
 DIBIT_INLINE __m256 accumulate(__m256 sum, __m256i dots, __m256 zero, __m256 scale, float xscale, float asum) {
   const __m256 exact = _mm256_fnmadd_ps(zero, _mm256_set1_ps(asum), _mm256_cvtepi32_ps(dots));
   return _mm256_fmadd_ps(exact, _mm256_mul_ps(scale, _mm256_set1_ps(xscale)), sum);

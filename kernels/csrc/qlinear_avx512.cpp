@@ -54,13 +54,14 @@ struct Meta {
 
 DIBIT_INLINE Meta load_meta(const QWeight& w, int64_t index) {
   const __m128i zeros = _mm_load_si128(reinterpret_cast<const __m128i*>(w.zeros + index));
-  const __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros));
+  const __m512 zero = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros)),
+                                      _mm512_set1_ps(w.zero_step), _mm512_set1_ps(w.zero_first));
   if (w.scale_bytes == 4) return {_mm512_load_ps(static_cast<const float*>(w.scales) + index), zero};
   const uint16_t* half = static_cast<const uint16_t*>(w.scales) + index;
   return {_mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(half))), zero};
 }
 
-// sum += (dots - zero * asum) * (scale * xscale); the difference is an integer below 2^24, so it is exact.
+// sum += (dots - zero * asum) * (scale * xscale)
 DIBIT_INLINE __m512 accumulate(__m512 sum, __m512i dots, __m512 zero, __m512 scale, float xscale, float asum) {
   const __m512 exact = _mm512_fnmadd_ps(zero, _mm512_set1_ps(asum), _mm512_cvtepi32_ps(dots));
   return _mm512_fmadd_ps(exact, _mm512_mul_ps(scale, _mm512_set1_ps(xscale)), sum);

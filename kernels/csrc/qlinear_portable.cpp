@@ -7,28 +7,35 @@
 namespace dibit {
 namespace {
 
-void quantize(const float* x, const QWeight& w, int8_t* codes, float* scales, float* sums) {
+// The largest magnitude of `count` numbers.
+float largest(const float* x, int64_t count) {
+  // Bit patterns of non-negative floats order like the floats, with infinity and then NaN on top.
+  uint32_t top = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    if (bits > top) top = bits;
+  }
+  float magnitude;
+  std::memcpy(&magnitude, &top, 4);
+  return magnitude;
+}
+
+void quantize(const float* x, const QWeight& w, int row_qmax, int8_t* codes, float* scales, float* sums) {
+  const int qmax = row_qmax > 0 ? row_qmax : 127;
+  const float bound = static_cast<float>(qmax);
+  const float row_scale = row_qmax > 0 ? activation_scale(largest(x, w.k), qmax) : 0.0f;
   for (int64_t b = 0; b < w.blocks; ++b) {
     const int64_t begin = b * w.block;
     const int64_t real = w.k <= begin ? 0 : (w.k - begin < w.block ? w.k - begin : w.block);
-    // Bit patterns of non-negative floats order like the floats, with infinity and then NaN on top.
-    uint32_t top = 0;
-    for (int64_t i = 0; i < real; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, x + begin + i, 4);
-      bits &= 0x7fffffff;
-      if (bits > top) top = bits;
-    }
-    float largest;
-    std::memcpy(&largest, &top, 4);
-    const bool finite = top < 0x7f800000;
-    const float scale = finite ? largest / 127.0f : NAN;
+    const float scale = row_qmax > 0 ? row_scale : activation_scale(largest(x + begin, real), qmax);
     int32_t sum = 0;
     for (int64_t i = 0; i < w.block; ++i) {
       float q = 0.0f;
-      if (finite && scale > 0.0f && i < real) {
+      if (scale > 0.0f && i < real) {
         q = std::nearbyint(x[begin + i] / scale);
-        q = q < -127.0f ? -127.0f : q > 127.0f ? 127.0f : q;
+        q = q < -bound ? -bound : q > bound ? bound : q;
       }
       codes[begin + i] = static_cast<int8_t>(q);
       sum += codes[begin + i];
@@ -68,6 +75,8 @@ void gemm(const QWeight& w, const Activations& a, int64_t m, const float* bias, 
     for (int64_t b = 0; b < w.blocks; ++b) {
       unpack(w, w.codes + panel * w.panel_bytes(), b * (w.block / 4), w.block / 4, cells);
       const int64_t meta = (panel * w.groups + b / w.blocks_per_group) * kRows;
+      float zeros[kRows];
+      for (int r = 0; r < kRows; ++r) zeros[r] = zero_at(w, meta + r);
       for (int64_t t = 0; t < m; ++t) {
         const int8_t* x = a.codes + t * w.padded + b * w.block;
         int32_t dots[kRows] = {};
@@ -75,9 +84,9 @@ void gemm(const QWeight& w, const Activations& a, int64_t m, const float* bias, 
           for (int r = 0; r < kRows; ++r)
             for (int j = 0; j < 4; ++j) dots[r] += cells[c * kCell + r * 4 + j] * x[c * 4 + j];
         const float scale = a.scales[t * w.blocks + b];
-        const int32_t sum = static_cast<int32_t>(a.sums[t * w.blocks + b]);
+        const float sum = a.sums[t * w.blocks + b];
         for (int r = 0; r < kRows; ++r) {
-          const float dot = static_cast<float>(dots[r] - w.zeros[meta + r] * sum);
+          const float dot = std::fma(-zeros[r], sum, static_cast<float>(dots[r]));
           sums[t][r] = std::fma(dot, scale_at(w, meta + r) * scale, sums[t][r]);
         }
       }

@@ -12,8 +12,9 @@
 namespace dibit {
 namespace {
 
-// Bit patterns of non-negative floats order like the floats, with infinity and then NaN on top.
+// The largest magnitude of `count` numbers, a multiple of 8.
 float largest(const float* x, int64_t count) {
+  // Bit patterns of non-negative floats order like the floats, with infinity and then NaN on top.
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
   __m256i top = _mm256_setzero_si256();
   for (int64_t i = 0; i < count; i += 8)
@@ -24,18 +25,23 @@ float largest(const float* x, int64_t count) {
   return _mm_cvtss_f32(_mm_castsi128_ps(v));
 }
 
-void quantize_block(const float* x, int64_t block, int8_t* codes, float* scale_out, float* sum_out) {
-  const float top = largest(x, block);
-  const bool finite = top <= 3.402823466e38f;
-  const float scale = finite ? top / 127.0f : __builtin_nanf("");
-  *scale_out = scale;
+// The larger one as bit patterns: NaN wins.
+float larger(float a, float b) {
+  int32_t first, second;
+  std::memcpy(&first, &a, 4);
+  std::memcpy(&second, &b, 4);
+  return first > second ? a : b;
+}
+
+// Codes of a block under `scale`, and their sum.
+void round_block(const float* x, int64_t block, float scale, int qmax, int8_t* codes, float* sum_out) {
   *sum_out = 0.0f;
   if (!(scale > 0.0f)) {
     std::memset(codes, 0, static_cast<size_t>(block));
     return;
   }
   const __m256 divisor = _mm256_set1_ps(scale);
-  const __m256i bound = _mm256_set1_epi32(127), lower = _mm256_set1_epi32(-127);
+  const __m256i bound = _mm256_set1_epi32(qmax), lower = _mm256_set1_epi32(-qmax);
   __m256i total = _mm256_setzero_si256();
   for (int64_t i = 0; i < block; i += 8) {
     __m256i q = _mm256_cvtps_epi32(_mm256_div_ps(_mm256_loadu_ps(x + i), divisor));
@@ -52,16 +58,20 @@ void quantize_block(const float* x, int64_t block, int8_t* codes, float* scale_o
 
 }  // namespace
 
-void quantize_avx2(const float* x, const QWeight& w, int8_t* codes, float* scales, float* sums) {
+void quantize_avx2(const float* x, const QWeight& w, int row_qmax, int8_t* codes, float* scales, float* sums) {
+  // Blocks up to the last column; the last of them is padded with zeros, those behind it hold nothing else.
+  const int64_t whole = w.k / w.block * w.block;
+  float tail[kMaxBlock] = {};
+  std::memcpy(tail, x + whole, static_cast<size_t>(w.k - whole) * sizeof(float));
+  static const float nothing[kMaxBlock] = {};
+  float scale = 0.0f;
+  if (row_qmax > 0) scale = activation_scale(larger(largest(x, whole), largest(tail, w.block)), row_qmax);
   for (int64_t b = 0; b < w.blocks; ++b) {
     const int64_t begin = b * w.block;
-    if (begin + w.block <= w.k) {
-      quantize_block(x + begin, w.block, codes + begin, scales + b, sums + b);
-    } else {
-      float tail[kMaxBlock] = {};
-      if (begin < w.k) std::memcpy(tail, x + begin, static_cast<size_t>(w.k - begin) * sizeof(float));
-      quantize_block(tail, w.block, codes + begin, scales + b, sums + b);
-    }
+    const float* from = begin < whole ? x + begin : begin < w.k ? tail : nothing;
+    if (row_qmax == 0) scale = activation_scale(largest(from, w.block), 127);
+    scales[b] = scale;
+    round_block(from, w.block, scale, row_qmax > 0 ? row_qmax : 127, codes + begin, sums + b);
   }
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dibit.kernels import dispatch, native
-from dibit.kernels.dispatch import IMPLS, Impl, NoKernel, report, resolve
+from dibit.kernels.dispatch import IMPLS, Backend, Impl, NoKernel, report, resolve
 from dibit.kernels.formats import Format, QTensor
 
 W4 = Format(bits=4, group_size=32)
@@ -50,6 +50,22 @@ def test_a_width_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert resolve("qlinear", device="cpu", format=W4).backend == "cpu"
     with pytest.raises(NoKernel, match=r"has no 3-bit kernel \(it has 4\)"):
         resolve("qlinear", device="cpu", format=Format(bits=3, group_size=32))
+
+
+def test_what_a_body_cannot_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Impl("cpu", "dibit.kernels.qlinear:qlinear_reference")
+    monkeypatch.setattr(dispatch, "IMPLS", MappingProxyType({"qlinear": (plain,)}))
+    with pytest.raises(NoKernel, match="int2-g32-fractional: cpu has no kernel for fractional zero points"):
+        resolve("qlinear", device="cpu", format=Format(2, 32, "fractional"))
+    with pytest.raises(NoKernel, match="cpu has no kernel for activations of 6 bits"):
+        resolve("qlinear", device="cpu", format=W4, activation_bits=6)
+
+
+def test_the_cpu_and_the_reference_have_both() -> None:
+    names: list[Backend] = ["reference"] if native.unavailable() is not None else ["reference", "cpu"]
+    third = Format(3, 32, "fractional")
+    for name in names:
+        assert resolve("qlinear", device="cpu", backend=name, format=third, activation_bits=4).backend == name
 
 
 @pytest.mark.parametrize("op", ["qlinear", "embedding"])

@@ -36,6 +36,18 @@ def test_rows_are_those_of_the_dequantized_table(bits: int, group_size: int, isa
             assert torch.equal(embedding_cpu.embedding(ids, qlinear_cpu.pack(w)), want)
 
 
+@pytest.mark.parametrize("group_size", COLUMNS)
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fractional_zero_points_are_those_of_the_reference(bits: int, group_size: int, isas: tuple[str, ...]) -> None:
+    """Every field and every code of the grid occur; the C++ value of a field is the reference's to the bit."""
+    fmt = Format(bits, group_size, "fractional")
+    for k in COLUMNS[group_size]:
+        w = table(37, k, fmt)
+        w.zeros[: fmt.qmax + 1] = torch.arange(fmt.qmax + 1, dtype=torch.uint8)[:, None]
+        ids = torch.arange(37)
+        assert torch.equal(embedding_cpu.embedding(ids, qlinear_cpu.pack(w)), dequantize(w))
+
+
 @pytest.mark.parametrize("ids", [[37], [-1], [0, 1, 2**40]])
 def test_ids_outside_the_table_are_refused(ids: list[int], isas: tuple[str, ...]) -> None:
     w = table(37, 64, Format(bits=4, group_size=64))

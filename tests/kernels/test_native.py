@@ -122,13 +122,13 @@ def test_a_library_of_another_version_is_refused(
     isas: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, fresh_library: None
 ) -> None:
     monkeypatch.setattr(native, "ABI_VERSION", 999)
-    assert native.unavailable() == "the C++ kernels are of version 2, not 999; rebuild with `make build`"
+    assert native.unavailable() == "the C++ kernels are of version 3, not 999; rebuild with `make build`"
 
 
 def test_a_refused_call_names_the_entry_point(isas: tuple[str, ...]) -> None:
     call = native.function("dibit_qlinear", *qlinear_cpu._QLINEAR_TYPES)
     with pytest.raises(native.NativeError, match=r"dibit_qlinear refused its arguments \(status 1\)"):
-        call(ctypes.byref(qlinear_cpu.QWeightStruct()), None, 1, None, None)
+        call(ctypes.byref(qlinear_cpu.QWeightStruct()), None, 1, None, 0, None)
 
 
 def test_usable_cores() -> None:
