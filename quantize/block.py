@@ -17,21 +17,21 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dibit.engine.errors import CheckpointError
-from dibit.engine.models.decoder import Block, FloatLinear, Linear
+from dibit.engine.models.decoder import Block, FloatLinear
 from dibit.engine.models.spec import LinearSite, Part
 from dibit.kernels.formats import Format, QTensor, dequantize
+from dibit.quantize.collect import collect
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.plan import part_formats
 from dibit.quantize.report import PartReport, SiteReport, TrainingReport
-from dibit.quantize.stats import HessianSum, Method, Need, SiteFailure, Stats, output_error
+from dibit.quantize.stats import Method, Need, SiteFailure, Stats, output_error
 from dibit.quantize.streams import HiddenStates
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,8 @@ class BlockJob:
     formats       by site name; by module name where the parts of a site differ, which only a `Method` is given
     quantized     hidden states that the quantized blocks before it produce
     float_stream  those of the float model; None unless the method needs them
+    token_weights  how much an error at a token costs the model (fisher.py), by module name [samples, length], 1 on
+                  average; under "layers.N" that of the block's output; None unless the method needs them
     cos, sin      rotary tables [length, D/2]
     batch         segments that go through the block at a time
     seed          for anything random, together with `layer`
@@ -81,6 +83,7 @@ class BlockJob:
     float_type: torch.dtype = torch.float32
     activation_bits: int | None = None
     tell: Callable[[str], None] = _silent
+    token_weights: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ class QuantizedBlock:
 class BlockMethod(Protocol):
     """Chooses the integers of a whole block at once."""
 
-    needs: ClassVar[frozenset[Need]]
+    @property
+    def needs(self) -> frozenset[Need]: ...
 
     @property
     def symmetric(self) -> bool: ...
@@ -172,10 +176,12 @@ def quantize_block(
     if isinstance(method, BlockMethod):
         progress(f"layers.{job.layer}")
         return _quantize_whole(job, method, name)
+    own = job.block
+    floats = Block(own.sizes, linears=dict(own.linears), attn_norm=own.attn_norm, mlp_norm=own.mlp_norm)
     results = []
     for site in job.sites:
         progress(site.name)
-        results.append(_quantize_in_place(job, site, method, name))
+        results.append(_quantize_in_place(job, site, floats, method, name))
     return Results(results, Changed())
 
 
@@ -246,9 +252,9 @@ def _check_scales(weights: Iterable[QTensor]) -> None:
         raise SiteFailure("its scales are not finite")
 
 
-def _quantize_in_place(job: BlockJob, site: LinearSite, method: Method, name: str) -> Result:
+def _quantize_in_place(job: BlockJob, site: LinearSite, floats: Block, method: Method, name: str) -> Result:
     begun = time.monotonic()
-    stats = collect(job, site) if "hessian" in method.needs else Stats()
+    stats = _statistics(job, site, floats, method.needs)
     w = _weight(job.block, site)
     parts, fallback = quantize_site(w, site, part_formats(site, job.formats), stats, method)
     used = name if fallback is None else "rtn"
@@ -257,12 +263,21 @@ def _quantize_in_place(job: BlockJob, site: LinearSite, method: Method, name: st
     return Result(parts, report)
 
 
+def _statistics(job: BlockJob, site: LinearSite, floats: Block, needs: frozenset[Need]) -> tuple[Stats, ...]:
+    if "hessian" not in needs:
+        return (Stats(),)
+    both = (floats, job.float_stream) if "cross" in needs and job.float_stream is not None else None
+    weights = job.token_weights if "token_weights" in needs else None
+    return collect(site, job.block, job.quantized, job.cos, job.sin, batch=job.batch, floats=both, weights=weights)
+
+
 def quantize_site(
-    w: Tensor, site: LinearSite, formats: Sequence[Format], stats: Stats, method: Method
+    w: Tensor, site: LinearSite, formats: Sequence[Format], stats: Sequence[Stats], method: Method
 ) -> tuple[tuple[QTensor, ...], str | None]:
     """The parts of `w` float32 [N, K] under `method`, or rounded to nearest and the reason where the method failed.
 
     formats  one for each part
+    stats    one for each part, or one for all
     Raises CheckpointError when `w` is not finite.
     """
     _check_finite(w, site)
@@ -271,16 +286,18 @@ def quantize_site(
         _check_scales(parts)
     except SiteFailure as failure:
         logger.warning("%s is rounded to nearest instead: %s", site.name, failure)
-        return _apply(RTN(symmetric=method.symmetric), w, site, formats, Stats()), str(failure)
+        return _apply(RTN(symmetric=method.symmetric), w, site, formats, (Stats(),)), str(failure)
     return parts, None
 
 
-def _apply(method: Method, w: Tensor, site: LinearSite, formats: Sequence[Format], stats: Stats) -> tuple[QTensor, ...]:
-    """Parts of one format go through the method together."""
-    if len(set(formats)) == 1:
-        return split(site, method.quantize(w, formats[0], stats))
-    rows = torch.split(w, [part.n for part in site.parts])
-    return tuple(method.quantize(own, chosen, stats) for own, chosen in zip(rows, formats, strict=True))
+def _apply(
+    method: Method, w: Tensor, site: LinearSite, formats: Sequence[Format], stats: Sequence[Stats]
+) -> tuple[QTensor, ...]:
+    """Parts of one format and with the same statistics go through the method together."""
+    if len(set(formats)) == 1 and len(stats) == 1:
+        return split(site, method.quantize(w, formats[0], stats[0]))
+    own = stats if len(stats) > 1 else [stats[0]] * len(formats)
+    return tuple(map(method.quantize, _rows(w, site), formats, own))
 
 
 def split(site: LinearSite, whole: QTensor) -> tuple[QTensor, ...]:
@@ -301,12 +318,11 @@ def site_report(
     name: str,
     seconds: float,
     fallback: str | None = None,
-    stats: Stats | None = None,
+    stats: Sequence[Stats] = (),
 ) -> SiteReport:
     """Errors of the quantized `parts` against `w` [N, K]; `name` is the method that chose them."""
     delta = _joined(parts) - w
     squared, norm = _squared(delta), _squared(w)
-    hessian = stats.hessian if stats is not None else None
     return SiteReport(
         site=site.name,
         format="+".join(dict.fromkeys(part.format.name for part in parts)),
@@ -314,10 +330,20 @@ def site_report(
         fallback=fallback,
         weight_mse=squared / w.numel(),
         weight_error=squared / norm if norm else math.nan,
-        output_error=None if hessian is None else output_error(delta, w, hessian),
+        output_error=_output_error(delta, w, site, stats),
         seconds=seconds,
         parts=tuple(map(_part_report, site.parts, parts, _rows(w, site), _rows(delta, site))),
     )
+
+
+def _output_error(delta: Tensor, w: Tensor, site: LinearSite, stats: Sequence[Stats]) -> float | None:
+    hessians = [own.everything().hessian for own in stats]
+    known = [hessian for hessian in hessians if hessian is not None]
+    if not known:
+        return None
+    if len(known) == 1:
+        return output_error([delta], [w], known)
+    return output_error(_rows(delta, site), _rows(w, site), known)
 
 
 def _part_report(part: Part, quantized: QTensor, w: Tensor, delta: Tensor) -> PartReport:
@@ -344,33 +370,6 @@ def advance(stream: HiddenStates, block: Block, cos: Tensor, sin: Tensor, *, bat
     """Replace the inputs of a block by its outputs."""
     for start, x in stream.batches(batch):
         stream.write(start, block.dense(x, cos, sin))
-
-
-def collect(job: BlockJob, site: LinearSite) -> Stats:
-    """Statistics of the inputs of a site, over the quantized stream."""
-    hessian = HessianSum(site.k)
-    linear = job.block.linears[site.key]
-    job.block.linears[site.key] = cast(Linear, _Tap(hessian))
-    try:
-        for _, x in job.quantized.batches(job.batch):
-            with suppress(_Reached):
-                job.block.dense(x, job.cos, job.sin)
-    finally:
-        job.block.linears[site.key] = linear
-    return hessian.stats()
-
-
-class _Reached(Exception):
-    """What follows the tapped site is not computed."""
-
-
-@dataclass(frozen=True)
-class _Tap:
-    hessian: HessianSum
-
-    def __call__(self, x: Tensor) -> NoReturn:
-        self.hessian.add(x)
-        raise _Reached
 
 
 def _weight(block: Block, site: LinearSite) -> Tensor:
