@@ -215,7 +215,7 @@ def _limits(values: Sequence[float], *, log: bool) -> tuple[float, float]:
     if log:
         return (low / 1.15, high * 1.15)
     low = min(low, 0.0)
-    return (low, high * 1.05 if high > low else low + 1.0)
+    return (low, high + 0.05 * (high - low) if high > low else low + 1.0)
 
 
 def _ticks(low: float, high: float, *, log: bool, count: int) -> list[float]:
