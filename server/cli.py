@@ -18,7 +18,9 @@ import typer
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import DibitError, UserError
 from dibit.server.cli_bench import bench_app
+from dibit.server.cli_convert import convert
 from dibit.server.cli_eval import eval_app
+from dibit.server.cli_kernels import kernels_app
 from dibit.server.cli_quantize import quantize, report
 from dibit.server.options import Json, Model, engine_options
 
@@ -32,8 +34,10 @@ app = typer.Typer(
 )
 app.command()(quantize)
 app.command()(report)
+app.command()(convert)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
+app.add_typer(kernels_app, name="kernels")
 
 
 def main() -> None:

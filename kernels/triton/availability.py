@@ -11,8 +11,11 @@ import os
 
 import torch
 
+from dibit.kernels.triton.plan import Gpu
+
 MIN_CAPABILITY = (8, 0)
-INTERPRETER_PROCESSORS = 2
+INTERPRETER = Gpu(processors=2, arch=80)
+"""What the interpreter pretends to be."""
 
 
 def unavailable() -> str | None:
@@ -28,6 +31,15 @@ def unavailable() -> str | None:
     return None
 
 
+def compiler_unavailable() -> str | None:
+    """Why the kernels cannot be compiled ahead of time, or None. Neither a GPU nor a driver is needed."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs the triton package (pip install 'dibit[gpu]')"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 asks for the interpreter; unset it"
+    return None
+
+
 def interpreter_unavailable() -> str | None:
     """Why the kernels cannot run on the CPU, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -38,8 +50,9 @@ def interpreter_unavailable() -> str | None:
 
 
 @functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; on the CPU, what the interpreter pretends to have."""
+def gpu_of(device: torch.device) -> Gpu:
+    """What plans are made for: the GPU that `device` names, or on the CPU the interpreter's."""
     if device.type != "cuda":
-        return INTERPRETER_PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(processors=int(properties.multi_processor_count), arch=10 * properties.major + properties.minor)

@@ -1,4 +1,4 @@
-"""How one low-bit product is cut into programs: a function of shapes and of the GPU's size alone.
+"""How one low-bit product is cut into programs: a function of shapes and of the GPU alone.
 
 `splits` and `run` depend on the weight and the GPU, never on the number of tokens: they decide the order in which
 products are added, and a token's bits must not depend on its company.
@@ -15,6 +15,14 @@ MIN_RUN_STEPS = 4
 PROGRAMS_PER_PROCESSOR = 3
 SIDE_BY_SIDE_TOKENS = 64
 """Above this many tokens there are programs enough without computing the runs side by side."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """processors: SMs. arch: compute capability as a number, 8.6 is 86."""
+
+    processors: int
+    arch: int
 
 
 @dataclass(frozen=True)
@@ -42,15 +50,23 @@ def runs(geometry: Geometry, padded_rows: int, *, processors: int) -> tuple[int,
     return -(-geometry.steps // run), run
 
 
-def plan(geometry: Geometry, padded_rows: int, m: int, *, processors: int) -> Plan:
-    """The plan of a product of `m` tokens with a weight of `padded_rows` rows on a GPU with `processors` SMs."""
-    splits, run = runs(geometry, padded_rows, processors=processors)
-    block_tokens = next((b for b in (8, 16, 32) if m <= b), 64)
-    # Several groups a step hold several scales and sums at once: 128 rows of them do not fit the registers.
+def plan(geometry: Geometry, padded_rows: int, m: int, *, gpu: Gpu) -> Plan:
+    """The plan of a product of `m` tokens with a weight of `padded_rows` rows on `gpu`."""
+    splits, run = runs(geometry, padded_rows, processors=gpu.processors)
+    # Four warps on Hopper and data-centre Blackwell become a warpgroup, whose matrix instructions cost a step of few
+    # tokens more instructions than the ordinary ones do (2.3 a 2-bit weight against 1.7) and, on Blackwell, a trip
+    # through tensor memory for every plane; two warps cannot.
+    warpgroups = 90 <= gpu.arch < 120
+    # Several groups a step hold several scales and sums at once, which the registers must have room for.
+    several = geometry.groups_per_step > 2
+    most = 16 if several and warpgroups else 32 if several or 100 <= gpu.arch < 120 else 64
+    block_tokens = next((b for b in (8, 16, 32) if m <= b), most)
+    pairs = warpgroups and block_tokens in (16, 32)
     wide = (
-        geometry.groups_per_step <= 2
+        not several
+        and not (pairs and block_tokens == 32)
         and padded_rows % (2 * TILE_ROWS) == 0
-        and padded_rows // TILE_ROWS * splits >= 2 * processors
+        and padded_rows // TILE_ROWS * splits >= 2 * gpu.processors
     )
     return Plan(
         block_rows=2 * TILE_ROWS if wide else TILE_ROWS,
@@ -58,6 +74,6 @@ def plan(geometry: Geometry, padded_rows: int, m: int, *, processors: int) -> Pl
         splits=splits,
         run=run,
         partial=splits > 1 and m <= SIDE_BY_SIDE_TOKENS,
-        warps=8 if wide and block_tokens == 64 else 4,
+        warps=2 if pairs else 8 if wide and block_tokens == 64 else 4,
         stages=4 if block_tokens <= 16 else 3,
     )

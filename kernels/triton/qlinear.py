@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dibit.kernels.contract import Dims
 from dibit.kernels.formats import PER_CHANNEL
-from dibit.kernels.triton.availability import processors
+from dibit.kernels.triton.availability import gpu_of
 from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
 from dibit.kernels.triton.layout import TritonQWeight
@@ -25,6 +25,9 @@ from dibit.kernels.triton.plan import Plan, plan
 
 ASM = not triton.knobs.runtime.interpret
 """Inline assembly on a GPU; the interpreter has none and runs the same in plain operations."""
+
+MAX_REGISTERS = 255
+"""Left to itself, ptxas stops at 96 registers for some small programs and spills two values."""
 
 _REALS = (torch.float32, torch.float16, torch.bfloat16)
 _REDUCE_BLOCK = 256
@@ -90,7 +93,7 @@ def qlinear(
     y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device) if out is None else out
     if x.shape[0] == 0:
         return y
-    chosen = plan(w.geometry, w.padded_rows, x.shape[0], processors=processors(x.device))
+    chosen = plan(w.geometry, w.padded_rows, x.shape[0], gpu=gpu_of(x.device))
     prepared = prepare(x, w, padded_tokens=chosen.padded_tokens(x.shape[0]))
     return multiply(prepared, w, chosen, y, bias=bias, residual=residual)
 
@@ -103,7 +106,7 @@ def multiply(
     padded = x.half.shape[0]
     target = torch.empty(chosen.splits, m, w.n, dtype=torch.float32, device=y.device) if chosen.partial else y
     per_channel = w.format.group_size == PER_CHANNEL
-    zero_base, zero_step = 0.0, 1.0
+    zero_base, zero_step = w.format.zero_line
     qlinear_kernel[
         (w.padded_rows // chosen.block_rows, padded // chosen.block_tokens, chosen.splits if chosen.partial else 1)
     ](
@@ -138,6 +141,7 @@ def multiply(
         ASM=ASM,
         num_warps=chosen.warps,
         num_stages=chosen.stages,
+        maxnreg=MAX_REGISTERS,
     )
     if chosen.partial:
         reduce_kernel[(triton.cdiv(w.n, _REDUCE_BLOCK), m)](

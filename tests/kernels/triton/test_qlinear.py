@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dibit.kernels import native, qlinear_cpu
 from dibit.kernels.contract import ContractError
-from dibit.kernels.formats import BITS, Format, QTensor, dequantize
+from dibit.kernels.formats import BITS, Format, QTensor, dequantize, zero_points
 from dibit.kernels.triton import layout
+from dibit.kernels.triton.availability import INTERPRETER
 from dibit.kernels.triton.plan import plan
 from dibit.kernels.triton.qlinear import multiply, prepare, qlinear
 
@@ -37,7 +38,7 @@ def bound(x: Tensor, w: QTensor) -> Tensor:
     size = dequantize(w).double().abs()
     largest = x.double().abs().amax(dim=1, keepdim=True)
     rounding = (x.double().abs() * 2.0**-11 + largest * 2.0**-35) @ size.T
-    grouped = w.codes.reshape(n, w.format.groups(k), -1).double() + w.zeros.double()[..., None]
+    grouped = w.codes.reshape(n, w.format.groups(k), -1).double() + zero_points(w.zeros, w.format).double()[..., None]
     terms = (grouped * w.scales.double()[..., None]).reshape(n, k)
     return rounding + x.double().abs() @ terms.T * EPS * (k + 8)
 
@@ -86,7 +87,7 @@ def test_a_row_does_not_depend_on_the_other_rows(bits: int, group_size: int, tok
     x = torch.randint(-8, 9, (65, k)).float()
     together = qlinear(x, packed)
     assert bool(((together.double() - exact(x, w)).abs() <= bound(x, w)).all())
-    chosen = [plan(packed.geometry, 64, m, processors=2) for m in (1, 65)]
+    chosen = [plan(packed.geometry, 64, m, gpu=INTERPRETER) for m in (1, 65)]
     assert chosen[0].splits == chosen[1].splits > 1
     assert [p.partial for p in chosen] == [True, False]
     for m in tokens:
@@ -114,10 +115,18 @@ def test_every_block_of_rows_gives_the_same_bits(bits: int, block_rows: int) -> 
     w = random_weight(128, 512, Format(bits, 128))
     packed = layout.pack(w)
     x = torch.randint(-8, 9, (2, 512)).float()
-    chosen = dataclasses.replace(plan(packed.geometry, 128, 2, processors=2), block_rows=block_rows)
+    chosen = dataclasses.replace(plan(packed.geometry, 128, 2, gpu=INTERPRETER), block_rows=block_rows)
     y = torch.full((2, 128), POISON)
     multiply(prepare(x, packed, padded_tokens=8), packed, chosen, y, bias=None, residual=None)
     assert torch.equal(y, qlinear(x, packed))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fractional_zero_points(bits: int) -> None:
+    w = random_weight(64, 256, Format(bits, 64, zero_grid="fractional"))
+    x = torch.randn(2, 256)
+    difference = (qlinear(x, layout.pack(w)).double() - exact(x, w)).abs()
+    assert bool((difference <= bound(x, w)).all())
 
 
 @pytest.mark.parametrize("bits", BITS)

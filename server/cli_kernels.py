@@ -1,0 +1,55 @@
+"""`dibit kernels`: what the GPU kernels compile to, on any machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dibit.engine.errors import ConfigError, DibitError
+from dibit.server.options import Json
+
+kernels_app = typer.Typer(help="Examine the GPU kernels; needs no GPU.", no_args_is_help=True)
+
+
+@kernels_app.command("report")
+def kernels_report(
+    *,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="only this GPU, such as A100 (repeat for several); left out: all known")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="fail when a kernel breaks a rule of docs/gpu.md")] = False,
+    json: Json = None,
+) -> None:
+    """Compile every GPU kernel ahead of time: registers, spills, shared memory, widths of loads, instructions per
+    weight, bytes moved, and the time that a stated model predicts. Takes a few minutes the first time.
+
+    Example: dibit kernels report --gpu A100 --gpu H100 --json kernels.json
+    """
+    from dibit.kernels.triton.availability import compiler_unavailable
+    from dibit.server.output import write_json
+
+    if (reason := compiler_unavailable()) is not None:
+        raise ConfigError(f"the GPU kernels cannot be compiled here: {reason}")
+    from dibit.kernels.triton.aot import NoCompiler
+    from dibit.kernels.triton.report import GPUS, HEADER, faults, kernel_reports, line
+
+    wanted = {name.lower() for name in gpu or []}
+    if unknown := wanted - {known.name.lower() for known in GPUS}:
+        supported = ", ".join(known.name for known in GPUS)
+        raise ConfigError(f"no figures for a GPU called {', '.join(sorted(unknown))}; supported: {supported}")
+    chosen = [known for known in GPUS if not wanted or known.name.lower() in wanted]
+    if json != "-":
+        typer.echo(HEADER)
+    rows = []
+    try:
+        for row in kernel_reports(chosen):
+            rows.append(row)
+            if json != "-":
+                typer.echo(line(row))
+    except NoCompiler as error:
+        raise ConfigError(str(error)) from error
+    write_json(rows, json)
+    broken = [fault for row in rows for fault in faults(row)]
+    if check and broken:
+        raise DibitError("kernels break the rules of docs/gpu.md:\n" + "\n".join(broken))
