@@ -125,20 +125,25 @@ class EndToEndReport:
 
     def summary(self) -> str:
         """A few lines for a terminal."""
+        return "\n".join(
+            [
+                f"{self.out}: step {self.best_step} of {self.settings.steps} kept, {self.trained} step sizes and norms "
+                f"trained on {self.tokens} tokens, {duration(self.seconds)}, {self.tokens_per_s:.0f} tokens/s",
+                *self.held_out_summary(),
+            ]
+        )
+
+    def held_out_summary(self) -> tuple[str, ...]:
+        """What was gained."""
         first, best = self.first, self.best
-        lines = [
-            f"{self.out}: step {self.best_step} of {self.settings.steps} kept, {self.trained} step sizes and norms "
-            f"trained on {self.tokens} tokens, {duration(self.seconds)}, {self.tokens_per_s:.0f} tokens/s"
-        ]
-        held_out = f"held-out text: perplexity {math.exp(first.nll):.3f} -> {math.exp(best.nll):.3f}"
+        line = f"end to end, on held-out text: perplexity {math.exp(first.nll):.3f} -> {math.exp(best.nll):.3f}"
         if first.kl is not None and best.kl is not None:
-            held_out += f", divergence from the float model {first.kl:.4f} -> {best.kl:.4f} nats"
+            line += f", divergence from the float model {first.kl:.4f} -> {best.kl:.4f} nats"
         if first.agreement is not None and best.agreement is not None:
-            held_out += f", same first choice {first.agreement:.1%} -> {best.agreement:.1%}"
-        lines.append(held_out)
+            line += f", same first choice {first.agreement:.1%} -> {best.agreement:.1%}"
         if self.best_step == 0:
-            lines.append("training brought no gain on the held-out text: the checkpoint is as it was")
-        return "\n".join(lines)
+            return line, "end-to-end training brought no gain on the held-out text: the checkpoint is as it was"
+        return (line,)
 
 
 class TrainingFailure(DibitError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +19,14 @@ import torch
 
 from dibit.engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, resolve_model
 from dibit.engine.checkpoint.json_file import read_object
+from dibit.engine.checkpoint.shard_file import write_text
 from dibit.engine.checkpoint.writer import check_out
 from dibit.engine.errors import CheckpointError, ConfigError
 from dibit.engine.models import resolve_arch
 from dibit.engine.models.spec import Arch, Sizes, float_shapes
 from dibit.engine.models.weights import check_names
 from dibit.engine.tokenizer import load_tokenizer
+from dibit.kernels.formats import QTensor
 from dibit.quantize.calibration import Calibration, load_segments
 from dibit.quantize.end_to_end import (
     SAVE_EVERY_S,
@@ -41,6 +43,7 @@ from dibit.quantize.end_to_end_teacher import STATES_NAME, Teacher, check_teache
 from dibit.quantize.instruction import Examples, load_instructions
 from dibit.quantize.journal import JOURNAL_NAME, Journal
 from dibit.quantize.report import REPORT_NAME
+from dibit.quantize.report_html import HTML_NAME
 from dibit.quantize.streams import StreamConfig
 
 logger = logging.getLogger(__name__)
@@ -59,8 +62,11 @@ def train_end_to_end(
     sequence_length: int = 512,
     seed: int = 0,
     teacher: str | None = None,
+    revision: str | None = None,
     streams: StreamConfig | None = None,
     overwrite: bool = False,
+    method: str | None = None,
+    describe: Callable[[EndToEndReport, Path], None] | None = None,
     save_every_s: float = SAVE_EVERY_S,
     progress: Progress | None = None,
 ) -> EndToEndReport:
@@ -71,6 +77,9 @@ def train_end_to_end(
     instructions  instead of it, questions with answers (instruction.py): at most `samples`, each at most that long
     teacher       the float model that `checkpoint` was made from, for objective kl; left out, the one that its
                   report names
+    revision      of a teacher from the Hub
+    method        name of the method to record; left out, that of the checkpoint
+    describe      puts reports beside finetune_report.json; left out, those of the checkpoint are kept
     save_every_s  seconds between states that a killed run continues from
     progress      called with (steps made, steps, note)
 
@@ -92,7 +101,7 @@ def train_end_to_end(
         float_model = _teacher(source, teacher, settings)
         told = None
         if float_model is not None:
-            told = stack.enter_context(closing(open_checkpoint(resolve_model(float_model))))
+            told = stack.enter_context(closing(open_checkpoint(resolve_model(float_model, revision=revision))))
             taught = check_teacher(told, sizes, student=source.name)
         examples = _examples(
             source, sizes, text=text, instructions=instructions, samples=samples, length=sequence_length, seed=seed
@@ -135,18 +144,19 @@ def train_end_to_end(
             examples=examples,
             trained=model.values.numel(),
         )
-        _write(writer, source, model, arch, sizes, found)
+        _add(writer, source, model, arch, sizes)
+        _describe(writer.directory, source, found, describe)
+        meta = _meta(source)
+        facts = {key: value for key, value in meta.items() if key not in ("quantizer", "method")}
+        writer.finish(
+            method=method or meta.get("method"),
+            facts={**facts, "end_to_end": settings.objective},
+            scratch=[JOURNAL_NAME, STATES_NAME, *(path.name for path in state_files(writer.directory))],
+        )
     return found
 
 
-def _write(
-    writer: CheckpointWriter,
-    source: Checkpoint,
-    model: LowBitModel,
-    arch: Arch,
-    sizes: Sizes,
-    found: EndToEndReport,
-) -> None:
+def _add(writer: CheckpointWriter, source: Checkpoint, model: LowBitModel, arch: Arch, sizes: Sizes) -> None:
     packed = set(model.packed())
     norms = model.norms()
     for name in float_shapes(arch, sizes):
@@ -154,23 +164,27 @@ def _write(
         if module in packed:
             writer.add_quantized(module, model.quantized(module))
         elif source.has(name):
-            writer.add_float(name, norms.get(name, source.export(name)))
+            writer.add_float(name, norms[name] if name in norms else source.export(name))
         else:
             # A head that is packed: as it was.
-            writer.add_quantized(module, source.linear(module))  # type: ignore[arg-type]
-    (writer.directory / FINETUNE_REPORT_NAME).write_text(
-        json.dumps(as_json(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    if (source.path / REPORT_NAME).is_file():
-        shutil.copyfile(source.path / REPORT_NAME, writer.directory / REPORT_NAME)
-    meta = _meta(source)
-    facts = {key: value for key, value in meta.items() if key not in ("quantizer", "method")}
-    scratch = [path.name for path in state_files(writer.directory)]
-    writer.finish(
-        method=meta.get("method"),
-        facts={**facts, "end_to_end": found.settings.objective},
-        scratch=[JOURNAL_NAME, STATES_NAME, *scratch],
-    )
+            head = source.linear(module)
+            assert isinstance(head, QTensor)
+            writer.add_quantized(module, head)
+
+
+def _describe(
+    directory: Path,
+    source: Checkpoint,
+    found: EndToEndReport,
+    describe: Callable[[EndToEndReport, Path], None] | None,
+) -> None:
+    write_text(directory / FINETUNE_REPORT_NAME, json.dumps(as_json(found), indent=2, ensure_ascii=False) + "\n")
+    if describe is not None:
+        describe(found, directory)
+        return
+    for name in (REPORT_NAME, HTML_NAME):
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, directory / name)
 
 
 def _meta(source: Checkpoint) -> Mapping[str, Any]:

@@ -58,7 +58,7 @@ class Journal:
         settings = json.loads(json.dumps(settings))
         lines = _lines(self.path)
         if lines:
-            _check_same(lines[0], settings, directory)
+            check_same(lines[0], settings, directory)
             for line in lines[1:]:
                 self.blocks[line["layer"]] = FinishedBlock.from_line(line)
         # Rewritten rather than appended to, so that a line cut short does not stay in front of the next one.
@@ -98,7 +98,8 @@ def _line(layer: int, block: FinishedBlock) -> dict[str, Any]:
     return {"layer": layer, **dataclasses.asdict(block)}
 
 
-def _check_same(found: Mapping[str, Any], settings: Mapping[str, Any], directory: Path) -> None:
+def check_same(found: Mapping[str, Any], settings: Mapping[str, Any], directory: Path) -> None:
+    """Raises ConfigError when settings differ from those of the interrupted run in `directory`."""
     different = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
     if different:
         changes = "; ".join(

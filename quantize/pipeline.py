@@ -17,6 +17,7 @@ import logging
 import platform
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -35,14 +36,17 @@ from dibit.quantize.block import BlockMethod
 from dibit.quantize.budget import Allocation, Budget
 from dibit.quantize.calibration import Calibration, Segments, load_segments
 from dibit.quantize.choose import choose_bits
+from dibit.quantize.fisher import FISHER_NAME
 from dibit.quantize.importance import NEED_TEXT, Model, Text
 from dibit.quantize.journal import JOURNAL_NAME, Journal, stored_settings
 from dibit.quantize.methods import METHODS, make_method
+from dibit.quantize.methods.efficientqat import EfficientQAT
 from dibit.quantize.plan import Plan, bits_per_weight
 from dibit.quantize.report import QuantizeReport, StageClock, peak_rss_bytes
 from dibit.quantize.report_html import write_html
 from dibit.quantize.stats import Method
 from dibit.quantize.streams import StreamConfig
+from dibit.quantize.two_phases import in_two_phases
 from dibit.quantize.walk import Output, Progress, Task, calibrated, data_free
 
 logger = logging.getLogger(__name__)
@@ -99,6 +103,44 @@ def quantize_checkpoint(
         )
     if calibration is not None and not chosen.needs and not looks:
         raise ConfigError(f"method {_name(chosen)} does not look at any text; leave the calibration out")
+    if isinstance(chosen, EfficientQAT) and calibration is not None:
+        asked = {
+            "model": [model, revision],
+            "bits": bits,
+            "group_size": group_size,
+            "plan": None if plan is None else dataclasses.asdict(plan),
+            "calibration": [calibration.absolute(), samples, sequence_length, seed],
+        }
+        again = partial(
+            quantize_checkpoint,
+            model,
+            bits=bits,
+            group_size=group_size,
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            plan=plan,
+            save_plan=save_plan,
+            streams=streams,
+            revision=revision,
+            progress=progress,
+        )
+        return in_two_phases(
+            chosen,
+            model,
+            Path(out),
+            first=lambda blocks, method: again(blocks, method=method),
+            asked=asked,
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            streams=streams,
+            overwrite=overwrite,
+            revision=revision,
+            progress=progress,
+        )
     check_out(Path(out), overwrite=overwrite)
     text = None if calibration is None else Calibration(calibration, samples, sequence_length, seed)
     with closing(open_checkpoint(resolve_model(model, revision=revision))) as checkpoint:
@@ -153,7 +195,7 @@ def quantize_checkpoint(
             )
             report.write(writer.directory)
             write_html(report, writer.directory)
-            writer.finish(method=task.name, facts=settings["options"], scratch=[JOURNAL_NAME])
+            writer.finish(method=task.name, facts=settings["options"], scratch=[JOURNAL_NAME, FISHER_NAME])
     return report
 
 

@@ -189,6 +189,7 @@ class QuantizeReport:
     versions           of dibit, torch and Python
     stages             of this run, in order
     block_rss_bytes    resident memory at the end of each block of block_seconds
+    notes              what else came of it, a line each
     """
 
     model: str
@@ -211,6 +212,7 @@ class QuantizeReport:
     versions: Mapping[str, str]
     stages: tuple[StageReport, ...] = ()
     block_rss_bytes: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, directory: Path) -> QuantizeReport:
@@ -238,6 +240,7 @@ class QuantizeReport:
             "stages": tuple(StageReport(**stage) for stage in data.get("stages", ())),
             "block_seconds": tuple(data["block_seconds"]),
             "block_rss_bytes": tuple(data.get("block_rss_bytes", ())),
+            "notes": tuple(data.get("notes", ())),
         }
         return cls(**{"allocation": None, **data, **converted})
 
@@ -272,7 +275,7 @@ class QuantizeReport:
             ways = {"rtn": "rounded to nearest"}
             how = " or ".join(dict.fromkeys(ways.get(s.method, f"quantized by {s.method}") for s in self.fallbacks))
             lines.append(f"{len(self.fallbacks)} sites were {how} instead ({named}): see {REPORT_NAME}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
     def write(self, directory: Path) -> None:
         text = json.dumps(_finite(dataclasses.asdict(self)), indent=2, ensure_ascii=False)

@@ -10,6 +10,7 @@ from dibit.engine.errors import ConfigError
 from dibit.quantize.block import BlockMethod
 from dibit.quantize.methods.awq import AWQ
 from dibit.quantize.methods.block_ap import BlockAP
+from dibit.quantize.methods.efficientqat import EfficientQAT
 from dibit.quantize.methods.gptq import GPTQ
 from dibit.quantize.methods.omniquant import OmniQuant
 from dibit.quantize.methods.rtn import RTN
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method] | type[BlockMethod]] = {
     "awq": AWQ,
     "omniquant": OmniQuant,
     "block-ap": BlockAP,
+    "efficientqat": EfficientQAT,
 }
 
 
