@@ -39,7 +39,8 @@ def corrected(w: Tensor, stats: Stats) -> tuple[Tensor, float]:
     share = _share(w, _correction(w, stats.hessian, stats.cross), seen.hessian, seen.cross)
     # The share is settled; the correction itself may then learn from all of the text.
     whole = stats.everything()
-    assert whole.hessian is not None and whole.cross is not None
+    assert whole.hessian is not None
+    assert whole.cross is not None
     return (w + share * _correction(w, whole.hessian, whole.cross)).float(), share
 
 

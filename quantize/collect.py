@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import NoReturn, cast
 
-import torch
 from torch import Tensor
 
 from dibit.engine.models.decoder import Block, Linear

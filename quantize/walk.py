@@ -32,6 +32,8 @@ from dibit.quantize.block import (
 )
 from dibit.quantize.budget import Allocation
 from dibit.quantize.calibration import Segments
+from dibit.quantize.fisher import FISHER_NAME, stored_token_weights
+from dibit.quantize.importance import Model, Text
 from dibit.quantize.journal import FinishedBlock, Journal
 from dibit.quantize.plan import Plan, part_formats
 from dibit.quantize.ranges import recorded_inputs
@@ -186,6 +188,15 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
     length = segments.tokens.shape[1]
     batch = max(1, BATCH_TOKENS // length)
     cos, sin = task.sizes.rope.tables(length)
+    weights = None
+    if "token_weights" in task.method.needs and output.resumed < task.sizes.layers:
+        weights = stored_token_weights(
+            directory / FISHER_NAME,
+            Model(task.checkpoint, task.arch, task.sizes),
+            Text(segments.tokens, task.streams, directory),
+            seed=task.seed,
+            tell=lambda layer: output.tell(0, f"gradients of layers.{layer}"),
+        )
     for layer, sites in enumerate(task.blocks):
         begun = time.monotonic()
         block = load_float_block(task.checkpoint, task.arch, task.sizes, layer)
@@ -210,6 +221,7 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
                 seed=task.seed,
                 float_type=_float_type(task, sites, layer),
                 tell=partial(output.tell, layer),
+                token_weights=None if weights is None else weights.of_block(layer, sites),
             )
             results = quantize_block(job, task.method, name=task.name, progress=partial(output.tell, layer))
             for site, result in zip(sites, results.sites, strict=True):

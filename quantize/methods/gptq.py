@@ -49,6 +49,7 @@ class GPTQ:
     act_order       round the columns with the largest inputs first; needs static_groups, and changes nothing on disk
     refit           solve for the scales again once the codes are known
     asymmetric      round towards what makes up for the errors of the blocks before (asymmetric.py)
+    fisher          weight the calibration tokens by what errors there cost the model (fisher.py)
     """
 
     symmetric: bool = False
@@ -60,10 +61,12 @@ class GPTQ:
     act_order: bool = True
     refit: bool = True
     asymmetric: bool = False
+    fisher: bool = False
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"hessian", "cross"} if self.asymmetric else {"hessian"})
+        extra: dict[Need, bool] = {"cross": self.asymmetric, "token_weights": self.fisher}
+        return frozenset({"hessian", *(need for need, wanted in extra.items() if wanted)})
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp <= MAX_DAMP:
