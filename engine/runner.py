@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,9 @@ class ModelRunner:
     free_bytes  memory that the cache may be taken from (None: what is free now, with the weights already held)
 
     taped_steps, untaped_steps  steps that were replayed from a tape (the recording of one counts too), and the others
+    scoring_s  seconds spent on logits and log-probabilities of prompts
+    listener   is given (request id, place of the first token, logits [n, vocab] of the tokens from there on) of prompts
+               whose log-probabilities were asked for, as they are computed; the tensor is not the listener's to keep
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig, *, free_bytes: int | None = None) -> None:
@@ -70,6 +73,8 @@ class ModelRunner:
             device=decoder.device,
         )
         self.taped_steps = self.untaped_steps = 0
+        self.scoring_s = 0.0
+        self.listener: Callable[[str, int, Tensor], None] | None = None
         self._tapes = self._decode_tapes()
 
     @property
@@ -144,13 +149,18 @@ class ModelRunner:
 
     def _score(self, chunk: Chunk, hidden: Tensor) -> tuple[TokenLogprob, ...]:
         """Log-probabilities of the prompt tokens that follow the chunk's own."""
+        began = time.perf_counter()
         top = chunk.request.params.prompt_logprobs or 0
         found: list[TokenLogprob] = []
         for start in range(0, hidden.shape[0], self._rows_per_slice):
             piece = hidden[start : start + self._rows_per_slice]
             first = chunk.start + start + 1
             targets = chunk.request.prompt_ids[first : first + piece.shape[0]]
-            found += prompt_logprobs(self.decoder.logits(piece), targets, top)
+            logits = self.decoder.logits(piece)
+            found += prompt_logprobs(logits, targets, top)
+            if self.listener is not None:
+                self.listener(chunk.request.id, first - 1, logits)
+        self.scoring_s += time.perf_counter() - began
         return tuple(found)
 
     @torch.inference_mode()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dibit.engine.config import EngineConfig
-from dibit.server.options import Json, Model, engine_options
+from dibit.server.options import MODEL_HELP, Json, Model, engine_options
 
 eval_app = typer.Typer(help="Measure a model's quality through the serving runtime.", no_args_is_help=True)
+
+Text = Annotated[Path, typer.Option(help="UTF-8 text to predict", metavar="FILE")]
+Context = Annotated[int, typer.Option("--ctx", help="tokens in a window")]
+MaxWindows = Annotated[int | None, typer.Option(help="score the first N windows only", metavar="N")]
 
 
 @eval_app.command("ppl")
@@ -18,9 +23,9 @@ eval_app = typer.Typer(help="Measure a model's quality through the serving runti
 def eval_ppl(
     model: Model,
     *,
-    text: Annotated[Path, typer.Option(help="UTF-8 text to predict", metavar="FILE")],
-    ctx: Annotated[int, typer.Option(help="tokens in a window")] = 2048,
-    max_windows: Annotated[int | None, typer.Option(help="score the first N windows only", metavar="N")] = None,
+    text: Text,
+    ctx: Context = 2048,
+    max_windows: MaxWindows = None,
     json: Json = None,
     config: EngineConfig,
 ) -> None:
@@ -37,3 +42,43 @@ def eval_ppl(
     with LLM.of(build_core(model, config)) as llm, window_progress() as progress:
         result = perplexity(llm, text, context=ctx, max_windows=max_windows, progress=progress)
     emit(result, json)
+
+
+@eval_app.command("kl")
+@engine_options
+def eval_kl(
+    model: Model,
+    *,
+    reference: Annotated[str, typer.Option(help=f"what it should predict like: {MODEL_HELP}", metavar="MODEL")],
+    text: Text,
+    ctx: Context = 2048,
+    max_windows: MaxWindows = None,
+    json: Json = None,
+    config: EngineConfig,
+) -> None:
+    """Divergence of a model's predictions from those of a reference, usually the float model it was made from:
+    KL of every token, agreement of the likeliest tokens, perplexity of both. Holds both models in memory.
+
+    Example: dibit eval kl models/demo-4bit --reference demo --text wiki.test.raw --ctx 512 --max-windows 8
+    """
+    from dibit.engine import LLM
+    from dibit.engine.build import build_core
+    from dibit.quantize.divergence import divergence
+    from dibit.server.output import emit
+    from dibit.server.progress import window_progress
+
+    one = _for_one_sequence(config, ctx)
+    with (
+        LLM.of(build_core(reference, one)) as float_llm,
+        LLM.of(build_core(model, one)) as llm,
+        window_progress("kl") as progress,
+    ):
+        result = divergence(llm, float_llm, text, context=ctx, max_windows=max_windows, progress=progress)
+    emit(result, json)
+
+
+def _for_one_sequence(config: EngineConfig, tokens: int) -> EngineConfig:
+    """With a cache for one sequence of `tokens`, where none is asked for: two models share the memory."""
+    if config.kv_bytes is not None or tokens < 1:
+        return config
+    return dataclasses.replace(config, max_num_seqs=1, max_model_len=config.max_model_len or tokens)

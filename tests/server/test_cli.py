@@ -76,6 +76,7 @@ def test_help_names_every_command(run: Callable[..., Ended]) -> None:
         (["bench", "ops", "--shapes", "big"], "4096x11008"),
         (["bench", "decode", "demo", "--batch-sizes", "one"], "1,8,32"),
         (["eval", "ppl", "demo", "--text", "/no/such/file"], "/no/such/file"),
+        (["eval", "kl", "demo", "--text", "x"], "--reference"),
         (["report", "."], "dibit quantize"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -182,6 +183,18 @@ def test_perplexity(run: Callable[..., Ended], low_bit: Path, tmp_path: Path) ->
     short = run("eval", "ppl", low_bit, "--text", text, "--ctx", 4096)
     assert short.status == 2
     assert "fewer than one window" in short.err
+
+
+@pytest.mark.demo
+def test_divergence_from_the_float_model(run: Callable[..., Ended], low_bit: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    words = ["--reference", "demo", "--text", text, "--ctx", 48, "--max-windows", 2]
+    found = json.loads(run("eval", "kl", low_bit, *words, "--json", "-").out)
+    assert (found["windows"], found["tokens"]) == (2, 2 * 47)
+    assert 0 < found["kl_median"] < found["kl_mean"] < 1
+    assert 0.5 < found["top1_agreement"] <= 1
+    assert 1 < found["reference_ppl"] < 20
 
 
 @pytest.mark.demo
