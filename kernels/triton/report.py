@@ -1,12 +1,13 @@
 """What the kernels are on every supported GPU, found without one: `dibit kernels report`.
 
-The prediction of a launch is the larger of two times, and the launch itself:
+The prediction of a launch is the largest of three times, and the launch itself:
 
     bytes / bandwidth        every byte of weights, scales, zero points, activations and outputs, once
     instructions / rate      weights * instructions per weight / (128 lanes * processors * clock)
+    products / tensor rate   2 * tokens * rows * columns / the rate of float16 with float32 sums, padding included
     LAUNCH_US                from the end of one kernel to the start of the next in a CUDA graph
 
-Bandwidths, clocks and processors are the vendors' figures. No GPU has confirmed a prediction yet.
+Bandwidths, clocks, processors and rates are the vendors' figures. No GPU has confirmed a prediction yet.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class GpuModel:
     processors: int
     clock_ghz: float
     bandwidth_gb_s: float
+    tensor_tflops: float
 
     def instructions_per_weight(self, bits_per_weight: float) -> float:
         """Lane instructions that the GPU can issue in the time in which a weight's bits arrive."""
@@ -55,13 +57,13 @@ class GpuModel:
 
 
 GPUS = (
-    GpuModel("RTX 3060", 86, 28, 1.78, 360),
-    GpuModel("RTX A6000", 86, 84, 1.80, 768),
-    GpuModel("RTX 4090", 89, 128, 2.52, 1008),
-    GpuModel("A100", 80, 108, 1.41, 2039),
-    GpuModel("H100", 90, 132, 1.83, 3350),
-    GpuModel("B200", 100, 148, 1.86, 8000),
-    GpuModel("RTX 5090", 120, 170, 2.41, 1792),
+    GpuModel("RTX 3060", 86, 28, 1.78, 360, 25.6),
+    GpuModel("RTX A6000", 86, 84, 1.80, 768, 154.8),
+    GpuModel("RTX 4090", 89, 128, 2.52, 1008, 165.2),
+    GpuModel("A100", 80, 108, 1.41, 2039, 312),
+    GpuModel("H100", 90, 132, 1.83, 3350, 989),
+    GpuModel("B200", 100, 148, 1.86, 8000, 2250),
+    GpuModel("RTX 5090", 120, 170, 2.41, 1792, 209.5),
 )
 ARCHS = tuple(sorted({gpu.arch for gpu in GPUS}))
 
@@ -193,6 +195,7 @@ def report_product(product: Product, gpu: GpuModel) -> KernelReport:
         moved=moved,
         minimum=weight_bytes + inputs + outputs,
         instructions=0.0 if per_weight is None else per_weight * passes * n * geometry.columns,
+        products=float(n * geometry.columns * chosen.padded_tokens(product.tokens)),
         weight_load_bytes=made.load_bytes.get("i16"),
         conversions=weight_conversions(made.ttgir, rows=chosen.block_rows, columns=geometry.step_units * 16),
         per_weight=per_weight,
@@ -324,13 +327,15 @@ def _row(
     moved: int,
     minimum: int,
     instructions: float = 0.0,
+    products: float = 0.0,
     weight_load_bytes: int | None = None,
     conversions: int = 0,
     per_weight: float | None = None,
     budget: float | None = None,
 ) -> KernelReport:
     rate = LANES * gpu.processors * gpu.clock_ghz * 1e3
-    predicted = max(moved / (gpu.bandwidth_gb_s * 1e3), instructions / rate) + LAUNCH_US
+    times = (moved / (gpu.bandwidth_gb_s * 1e3), instructions / rate, 2 * products / (gpu.tensor_tflops * 1e6))
+    predicted = max(times) + LAUNCH_US
     # Registers are handed out to a warp in units of 256; a kilobyte of shared memory is the system's.
     by_registers = REGISTER_FILE // (-(-made.registers * 32 // 256) * 256 * warps)
     by_shared = (SHARED_LIMIT[gpu.arch] + 1024) // (made.shared_bytes + 1024)

@@ -15,7 +15,9 @@ if "triton" in sys.modules:
     raise RuntimeError("triton was imported before its tests could choose the interpreter")
 os.environ["TRITON_INTERPRET"] = "1"
 try:
-    import dibit.kernels.triton.qlinear  # noqa: F401
+    import dibit.kernels.triton.attention
+    import dibit.kernels.triton.qlinear
+    import dibit.kernels.triton.small  # noqa: F401
 finally:
     del os.environ["TRITON_INTERPRET"]
 

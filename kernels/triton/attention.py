@@ -1,0 +1,103 @@
+"""Paged attention on NVIDIA GPUs (device/attention.py). Contract in kernels/attention.py.
+
+Queries, and weights before they meet the values, are rounded to the cache's type; sums are float32. Against the
+reference on the same cache that is, for a float16 cache, an error of at most about 2^-10 * max|v| for each unit of
+|scores| that a rounded query moves. Lengths and block numbers are trusted: looking at them would stop the queue.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from dibit.kernels.contract import ContractError, Dims
+from dibit.kernels.triton.device.attention import attention_kernel, merge_kernel
+
+SPLIT_KEYS = 512
+SIDE_BY_SIDE_TOKENS = 64
+_BLOCK_N = 32
+_REALS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+    split_keys: int = SPLIT_KEYS,
+) -> Tensor:
+    """Causal attention, [T, H D] in the dtype of q, in `out` when given.
+
+    The rows of `block_tables` may be part of a wider table. Raises ContractError for shapes and dtypes.
+    """
+    dims = Dims("paged_attention")
+    dims.check("q", q, "T W", _REALS)
+    dims.check("k_cache", k_cache, "blocks KH block_size D", _REALS)
+    dims.check("v_cache", v_cache, "blocks KH block_size D", (k_cache.dtype,))
+    dims.check("seq_lens", seq_lens, "B", (torch.int32,))
+    dims.check("block_tables", block_tables, "B max_blocks", (torch.int32,), contiguous=False)
+    Dims("paged_attention", **{"B+1": seq_lens.shape[0] + 1}).check("cu_seqlens", cu_seqlens, "B+1", (torch.int32,))
+    _, kv_heads, block_size, d = k_cache.shape
+    if q.shape[1] % d or q.shape[1] // d % kv_heads:
+        raise ContractError(
+            f"paged_attention: q has {q.shape[1]} columns; expected a multiple of KH * D = {kv_heads} * {d}"
+        )
+    if block_tables.stride(1) != 1:
+        raise ContractError(f"paged_attention: block_tables has strides {block_tables.stride()}; expected rows as runs")
+    if out is not None:
+        dims.check("out", out, "T W", (q.dtype,))
+    tokens, sequences = q.shape[0], seq_lens.shape[0]
+    heads = q.shape[1] // d
+    y = torch.empty_like(q) if out is None else out
+    if tokens == 0:
+        return y
+    group = heads // kv_heads
+    # Lengths live on the device: what bounds the grid is what is known here, the tokens and the width of the tables.
+    splits = -(-block_tables.shape[1] * block_size // split_keys)
+    partial = splits > 1 and tokens <= SIDE_BY_SIDE_TOKENS
+    # A sequence's chunk is not known without a look at cu_seqlens, but with a token for every sequence all have one.
+    longest = 1 if tokens == sequences else tokens - sequences + 1
+    block_g = triton.next_power_of_2(group)
+    block_q = max(1, 16 // block_g) if longest <= 16 else max(1, 64 // block_g)
+    target, weights = y, y
+    if partial:
+        target = torch.empty(tokens, heads, splits, d, dtype=torch.float32, device=q.device)
+        weights = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
+    block_d = max(16, triton.next_power_of_2(d))
+    attention_kernel[(triton.cdiv(longest, block_q), sequences, kv_heads * (splits if partial else 1))](
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens,
+        seq_lens,
+        block_tables,
+        target,
+        weights,
+        scale * math.log2(math.e),
+        heads,
+        kv_heads,
+        group,
+        block_tables.stride(0),
+        block_size,
+        splits,
+        split_keys,
+        d,
+        PARTIAL=partial,
+        BLOCK_D=block_d,
+        BLOCK_Q=block_q,
+        BLOCK_G=block_g,
+        BLOCK_N=_BLOCK_N,
+        num_warps=4,
+        num_stages=2,
+    )
+    if partial:
+        merge_kernel[(tokens * heads,)](target, weights, y, splits, d, BLOCK_D=block_d, num_warps=1)
+    return y

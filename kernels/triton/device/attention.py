@@ -1,0 +1,161 @@
+"""Paged attention with the softmax computed as keys go by (Milakov & Gimelshein 2018; Dao 2022), keys in splits
+(Flash-Decoding, Dao et al. 2023).
+
+A program serves BLOCK_Q tokens of one sequence and all query heads of one KV head, so each key is read once for the
+group: BLOCK_Q * BLOCK_G rows of a matrix instruction. Keys are cut into splits of SPLIT_KEYS, whatever the batch, and
+splits are joined in ascending order: by `merge_kernel` when they were computed side by side (decoding), in the program
+itself when there are queries enough without that (prefill). A row's bits depend on its own position and keys only: a
+masked key adds an exact zero, a split without a visible key changes nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def attend_split(
+    queries,
+    k_cache,
+    v_cache,
+    table,
+    first,
+    stop,
+    position,
+    kv_head,
+    scale,
+    KV_HEADS,
+    BLOCK_SIZE,
+    D,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of queries [ROWS, BLOCK_D] over keys first .. stop - 1: the result, and log2 of the sum of weights."""
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    highest = tl.full((ROWS,), -1.0e30, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for begin in range(first, stop, BLOCK_N):
+        key = begin + n
+        held = key < stop
+        page = tl.load(table + key // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
+        at = ((page * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE) * D
+        keys = tl.load(k_cache + at[None, :] + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0.0)
+        scores = tl.dot(queries, keys, input_precision="ieee") * scale
+        seen = held[None, :] & (key[None, :] <= position[:, None])
+        scores = tl.where(seen, scores, -1.0e30)
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        shrink = tl.exp2(highest - higher)
+        p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
+        values = tl.load(v_cache + at[:, None] + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0.0)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        highest = higher
+    some = total > 0
+    safe = tl.where(some, total, 1.0)
+    return acc / safe[:, None], tl.where(some, highest + tl.log2(safe), float("-inf"))
+
+
+@triton.jit
+def attention_kernel(
+    q,
+    k_cache,
+    v_cache,
+    cu_seqlens,
+    seq_lens,
+    block_tables,
+    out,
+    weights,
+    scale,
+    HEADS,
+    KV_HEADS,
+    GROUP,
+    TABLE_STRIDE,
+    BLOCK_SIZE,
+    SPLITS,
+    SPLIT_KEYS,
+    D,
+    PARTIAL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """q [T, HEADS, D] -> out [T, HEADS, D]; programs (blocks of the longest chunk, sequence, KV head).
+
+    With PARTIAL, programs (.., .., KV head * SPLITS), out [T, HEADS, SPLITS, D] and weights [T, HEADS, SPLITS], the
+    log2 of the sum of weights. `scale` includes log2(e).
+    """
+    ROWS: tl.constexpr = BLOCK_Q * BLOCK_G
+    block = tl.program_id(0)
+    b = tl.program_id(1)
+    start = tl.load(cu_seqlens + b)
+    count = tl.load(cu_seqlens + b + 1) - start
+    length = tl.load(seq_lens + b)
+    r = tl.arange(0, ROWS)
+    token = block * BLOCK_Q + r // BLOCK_G
+    member = r % BLOCK_G
+    wanted = (token < count) & (member < GROUP)
+    position = length - count + token
+    # Keys up to the last token of this block; none when the block is past the chunk's end.
+    stop = tl.where(block * BLOCK_Q < count, tl.minimum(length - count + block * BLOCK_Q + BLOCK_Q, length), 0)
+    if PARTIAL:
+        kv_head = tl.program_id(2) // SPLITS
+    else:
+        kv_head = tl.program_id(2)
+    d = tl.arange(0, BLOCK_D)
+    row = (start + token).to(tl.int64) * HEADS + kv_head * GROUP + member
+    inside = wanted[:, None] & (d < D)[None, :]
+    table = block_tables + b * TABLE_STRIDE
+    # Matrix instructions take one type, the cache's; scores are scaled in float32 after the product.
+    queries = tl.load(q + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(k_cache.dtype.element_ty)
+    if PARTIAL:
+        split = tl.program_id(2) % SPLITS
+        first = split * SPLIT_KEYS
+        share, weight = attend_split(
+            queries, k_cache, v_cache, table, first, tl.minimum(first + SPLIT_KEYS, stop), position, kv_head, scale,
+            KV_HEADS, BLOCK_SIZE, D, BLOCK_D, ROWS, BLOCK_N,
+        )  # fmt: skip
+        at = row * SPLITS + split
+        tl.store(out + at[:, None] * D + d[None, :], share, mask=inside)
+        tl.store(weights + at, weight, mask=wanted)
+    else:
+        highest = tl.full((ROWS,), -1.0e30, tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        for first in range(0, stop, SPLIT_KEYS):
+            share, weight = attend_split(
+                queries, k_cache, v_cache, table, first, tl.minimum(first + SPLIT_KEYS, stop), position, kv_head, scale,
+                KV_HEADS, BLOCK_SIZE, D, BLOCK_D, ROWS, BLOCK_N,
+            )  # fmt: skip
+            higher = tl.maximum(highest, weight)
+            old = tl.exp2(highest - higher)
+            new = tl.exp2(weight - higher)
+            acc = acc * old[:, None] + share * new[:, None]
+            total = total * old + new
+            highest = higher
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out + row[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def merge_kernel(partial, weights, out, SPLITS, D, BLOCK_D: tl.constexpr):
+    """partial [rows, SPLITS, D] -> out [rows, D], as attention_kernel joins splits itself; one program a row."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    highest = -1.0e30
+    total = 0.0
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for split in range(SPLITS):
+        weight = tl.load(weights + row * SPLITS + split)
+        share = tl.load(partial + (row * SPLITS + split) * D + d, mask=d < D, other=0.0)
+        higher = tl.maximum(highest, weight)
+        old = tl.exp2(highest - higher)
+        new = tl.exp2(weight - higher)
+        acc = acc * old + share * new
+        total = total * old + new
+        highest = higher
+    tl.store(out + row * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)

@@ -1,0 +1,132 @@
+"""Paged attention in the interpreter: against the reference in float64, over splits, chunks and ugly head counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dibit.kernels.attention import paged_attention_reference
+from dibit.kernels.contract import ContractError
+from dibit.kernels.triton.attention import SIDE_BY_SIDE_TOKENS, paged_attention
+
+NAN = float("nan")
+BLOCK_SIZE = 8
+
+
+class Case:
+    """Sequences of given lengths, the last `tokens` of each asked for; slots that no key owns are NaN, table entries
+    past an end are wild."""
+
+    def __init__(
+        self, lengths: list[int], tokens: list[int], heads: int, kv_heads: int, d: int, dtype: torch.dtype
+    ) -> None:
+        needed = [-(-length // BLOCK_SIZE) for length in lengths]
+        blocks = sum(needed) + 2
+        order = torch.randperm(blocks).to(torch.int32)
+        self.k_cache = torch.full((blocks, kv_heads, BLOCK_SIZE, d), NAN, dtype=dtype)
+        self.v_cache = self.k_cache.clone()
+        self.tables = torch.full((len(lengths), max(needed) + 1), 1 << 30, dtype=torch.int32)
+        for b, length in enumerate(lengths):
+            own = order[sum(needed[:b]) : sum(needed[: b + 1])]
+            self.tables[b, : needed[b]] = own
+            for position in range(length):
+                block, offset = int(own[position // BLOCK_SIZE]), position % BLOCK_SIZE
+                self.k_cache[block, :, offset] = torch.randn(kv_heads, d).to(dtype)
+                self.v_cache[block, :, offset] = torch.randn(kv_heads, d).to(dtype)
+        self.q = torch.randn(sum(tokens), heads * d)
+        self.cu_seqlens = torch.tensor([0, *torch.tensor(tokens).cumsum(0)], dtype=torch.int32)
+        self.seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        self.scale = d**-0.5
+
+    def run(self, **options: int) -> Tensor:
+        whole = torch.full((self.q.shape[0] + 2, self.q.shape[1]), 1e30)
+        out = whole[1:-1]
+        got = paged_attention(
+            self.q,
+            self.k_cache,
+            self.v_cache,
+            self.cu_seqlens,
+            self.seq_lens,
+            self.tables,
+            self.scale,
+            out=out,
+            **options,
+        )
+        assert got is out
+        assert bool((whole[0] == 1e30).all()), "a row before the output was written"
+        assert bool((whole[-1] == 1e30).all()), "a row after the output was written"
+        return got
+
+    def want(self) -> Tensor:
+        """In float64, the queries rounded as the kernel rounds them."""
+        q = self.q.to(self.k_cache.dtype).double()
+        keys, values = self.k_cache.double(), self.v_cache.double()
+        out = torch.empty_like(q)
+        heads, d = q.shape[1] // keys.shape[3], keys.shape[3]
+        for b in range(self.seq_lens.shape[0]):
+            start, stop, length = int(self.cu_seqlens[b]), int(self.cu_seqlens[b + 1]), int(self.seq_lens[b])
+            table = self.tables[b, : -(-length // BLOCK_SIZE)].long()
+            k, v = (c[table].transpose(0, 1).reshape(keys.shape[1], -1, d)[:, :length] for c in (keys, values))
+            repeat = heads // keys.shape[1]
+            k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
+            scores = q[start:stop].view(-1, heads, d).transpose(0, 1) @ k.transpose(1, 2) * self.scale
+            mask = torch.ones(stop - start, length, dtype=torch.bool).tril(length - (stop - start))
+            weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+            out[start:stop] = (weights @ v).transpose(0, 1).reshape(stop - start, -1)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d"), [(4, 4, 16), (6, 2, 24), (9, 1, 32)], ids=["mha", "gqa-3", "mqa-9"]
+)
+def test_decode_and_chunks_of_one_step(heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> None:
+    case = Case([1, 37, 21, 64], [1, 1, 21, 3], heads, kv_heads, d, dtype)
+    got, want = case.run(split_keys=32), case.want()
+    # float32 sums; under a float16 cache the weights of the values are rounded to 11 bits as well.
+    limit = 2e-5 if dtype == torch.float32 else 2.0**-10 * float(case.v_cache.nan_to_num().abs().max())
+    assert bool(((got.double() - want).abs() <= limit).all())
+
+
+def test_agrees_with_the_reference() -> None:
+    case = Case([30, 5], [4, 1], 4, 2, 16, torch.float32)
+    want = paged_attention_reference(
+        case.q, case.k_cache, case.v_cache, case.cu_seqlens, case.seq_lens, case.tables, case.scale
+    )
+    torch.testing.assert_close(case.run(), want)
+
+
+def test_splits_side_by_side_and_one_after_another_agree() -> None:
+    """More tokens than SIDE_BY_SIDE_TOKENS are one program each, with the splits inside."""
+    n = SIDE_BY_SIDE_TOKENS + 3
+    case = Case([n], [n], 2, 1, 16, torch.float16)
+    together = case.run(split_keys=32)
+    limit = 2.0**-10 * float(case.v_cache.nan_to_num().abs().max())
+    assert bool(((together.double() - case.want()).abs() <= limit).all())
+    case.q, case.cu_seqlens = case.q[-2:].contiguous(), torch.tensor([0, 2], dtype=torch.int32)
+    torch.testing.assert_close(case.run(split_keys=32), together[-2:], rtol=0, atol=2e-6)
+
+
+def test_a_sequence_does_not_depend_on_its_company() -> None:
+    case = Case([40, 3], [1, 1], 4, 2, 16, torch.float16)
+    together = case.run(split_keys=32)
+    for b in range(2):
+        alone = paged_attention(
+            case.q[b : b + 1].contiguous(),
+            case.k_cache,
+            case.v_cache,
+            torch.tensor([0, 1], dtype=torch.int32),
+            case.seq_lens[b : b + 1],
+            case.tables[b : b + 1],
+            case.scale,
+            split_keys=32,
+        )
+        assert torch.equal(alone, together[b : b + 1])
+
+
+def test_shapes_are_checked() -> None:
+    case = Case([8], [1], 4, 2, 16, torch.float16)
+    case.q = torch.zeros(1, 3 * 16)
+    with pytest.raises(ContractError, match="q has 48 columns; expected a multiple of KH"):
+        case.run()

@@ -1,0 +1,89 @@
+"""The small ops in the interpreter, against their references; outputs start poisoned, shapes are ugly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dibit.kernels.activation import silu_mul_reference
+from dibit.kernels.argmax import argmax_reference
+from dibit.kernels.contract import ContractError
+from dibit.kernels.embedding import embedding_reference
+from dibit.kernels.formats import BITS, Format, QTensor
+from dibit.kernels.norm import add_rms_norm_reference, rms_norm_reference
+from dibit.kernels.rope import rope_kv_write_reference
+from dibit.kernels.triton.layout import pack
+from dibit.kernels.triton.small import add_rms_norm, argmax, embedding, rms_norm, rope_kv_write, silu_mul
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("t", "k"), [(1, 48), (3, 576), (2, 1000)])
+def test_norms(t: int, k: int, dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(t, k).to(dtype), torch.randn(t, k).to(dtype), torch.randn(k)
+    tolerance = {"rtol": 2e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-3}
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5), **tolerance)
+    want, want_total = add_rms_norm_reference(x, residual.clone(), weight, 1e-5)
+    got, total = add_rms_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close(got, want, **tolerance)
+    assert torch.equal(total, want_total)
+
+
+@pytest.mark.parametrize("width", [2, 96, 2050])
+def test_silu_mul(width: int) -> None:
+    gate_up = torch.randn(3, width) * 5
+    torch.testing.assert_close(silu_mul(gate_up), silu_mul_reference(gate_up), rtol=2e-6, atol=1e-6)
+    with pytest.raises(ContractError, match="an even number"):
+        silu_mul(torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("d", "rotary"), [(16, 16), (24, 24), (32, 8)])
+def test_rope_and_the_cache_write(d: int, rotary: int, dtype: torch.dtype) -> None:
+    heads, kv_heads, t, block_size = 3, 1, 5, 4
+    qkv = torch.randn(t, (heads + 2 * kv_heads) * d)
+    positions = torch.tensor([7, 0, 3, 9, 1])
+    angles = torch.rand(10, rotary // 2) * 6
+    slots = torch.tensor([6, 0, -1, 11, 3])
+    caches = [torch.full((3, kv_heads, block_size, d), 7.0, dtype=dtype) for _ in range(4)]
+    got = rope_kv_write(qkv, positions, angles.cos(), angles.sin(), caches[0], caches[1], slots, heads)
+    want = rope_kv_write_reference(qkv, positions, angles.cos(), angles.sin(), caches[2], caches[3], slots, heads)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    step = 1e-6 if dtype == torch.float32 else 2e-3
+    torch.testing.assert_close(caches[0], caches[2], rtol=step, atol=step)
+    assert torch.equal(caches[1], caches[3])
+    assert int((caches[0] == 7.0).all(dim=-1).sum()) == 3 * block_size - 4, "a slot was written that is nobody's"
+
+
+@pytest.mark.parametrize("group_size", [16, 64, -1])
+@pytest.mark.parametrize("bits", BITS)
+def test_embedding_has_the_reference_s_bits(bits: int, group_size: int) -> None:
+    fmt = Format(bits, group_size)
+    n, k = 70, 320
+    groups = fmt.groups(k)
+    w = QTensor(
+        codes=torch.randint(0, fmt.qmax + 1, (n, k), dtype=torch.uint8),
+        zeros=torch.randint(0, fmt.qmax + 1, (n, groups), dtype=torch.uint8),
+        scales=torch.rand(n, groups).add(0.01).half(),
+        format=fmt,
+    )
+    ids = torch.tensor([0, 69, 3, 3, 64])
+    packed = pack(w)
+    assert torch.equal(embedding(ids, packed), embedding_reference(ids, w))
+    y = embedding(torch.tensor([70, 5, -1]), packed)
+    assert bool(y[[0, 2]].isnan().all())
+    assert torch.equal(y[1:2], embedding_reference(torch.tensor([5]), w))
+
+
+@pytest.mark.parametrize("v", [1, 100, 4096, 9001])
+def test_argmax(v: int) -> None:
+    scores = torch.randn(3, v)
+    scores[1] = 2.5
+    scores[2, v // 2] = math.nan
+    ids, peaks = argmax(scores)
+    want_ids, want_peaks = argmax_reference(scores)
+    assert ids.tolist() == want_ids.tolist()
+    torch.testing.assert_close(peaks, want_peaks, rtol=0, atol=0, equal_nan=True)
+    low = torch.full((1, v), -math.inf)
+    assert argmax(low)[0].tolist() == [0]
