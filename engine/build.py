@@ -23,10 +23,13 @@ def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
     checkpoint = open_checkpoint(resolve_model(str(model)), gptq_zero=config.gptq_zero)
     try:
         tokenizer = load_tokenizer(checkpoint)
-        decoder = load_decoder(checkpoint, config=config)
+        quantization = checkpoint.quantization
+        activation_bits = None if quantization is None else quantization.activation_bits
+        decoder = load_decoder(checkpoint, config=config, activation_bits=activation_bits)
     finally:
         checkpoint.close()
-    if (reason := native.unavailable()) is not None and config.backend == "auto":
+    on_cpu = decoder.device.type == "cpu"
+    if on_cpu and config.backend == "auto" and (reason := native.unavailable()) is not None:
         logger.warning("running on the reference path, many times slower than the C++ kernels: %s", reason)
     runner = ModelRunner(decoder, config)
     runner.warm_up()

@@ -3,6 +3,9 @@
 At no time is there more than the packed model so far, the parts of one fused site, and what its packing needs. The
 embedding, the largest tensor, comes first, while little else is held.
 
+A checkpoint may say to which width the inputs of its quantized linears are rounded: those of the blocks, never the
+head, whose input decides between tokens.
+
 Unquantized checkpoints are computed in float32. Under low-bit weights the token embedding and the head are held at 8
 bits (RTN, asymmetric, groups of 64 columns or a divisor), once if they are tied; head_bits=16 keeps their floats.
 """
@@ -28,6 +31,7 @@ from dibit.engine.models.spec import Arch, LinearSite, Part, Sizes, norm_names, 
 from dibit.engine.models.weights import Weights, check_names, read_bias, read_float_site, read_linear, read_tensor
 from dibit.kernels.dispatch import NoKernel, Resolved, resolve
 from dibit.kernels.formats import PER_CHANNEL, Format, FormatError, QTensor
+from dibit.kernels.triton.availability import unavailable as gpu_kernels_unavailable
 
 HEAD_GROUPS = (64, 32, 16)
 CHUNK_ELEMENTS = 1 << 20
@@ -56,19 +60,23 @@ class PackedEmbedding:
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
-    """The device to serve on; "auto" is the CPU, which has the fast kernels. Raises ConfigError without a GPU."""
+    """The device to serve on; "auto" is the GPU where it has fast kernels, else the CPU. ConfigError without a GPU."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, and torch finds no NVIDIA GPU; use device cpu, or install a CUDA build")
-    return torch.device("cuda" if config.device == "cuda" else "cpu")
+    kernels = config.backend in ("auto", "triton") and gpu_kernels_unavailable() is None
+    return torch.device("cuda" if config.device == "cuda" or (config.device == "auto" and kernels) else "cpu")
 
 
 def load_decoder(
     weights: Weights,
     *,
     config: EngineConfig | None = None,
+    activation_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """Read, check and pack a model. `progress(done, layers)` is called after each block.
+
+    activation_bits  `Quantization.activation_bits` of the checkpoint: for the quantized linears of its blocks
 
     Raises CheckpointError for tensors that are missing, unknown or of the wrong shape, ConfigError for a backend that
     cannot run here.
@@ -78,7 +86,7 @@ def load_decoder(
     check_names(weights, arch, sizes)
     try:
         with _one_torch_thread():
-            return _Loader(weights, arch, sizes, config).decoder(progress)
+            return _Loader(weights, arch, sizes, config, activation_bits).decoder(progress)
     except NoKernel as error:
         raise ConfigError(f"{error}; choose another backend, or auto") from error
     except FormatError as error:
@@ -133,7 +141,10 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 class _Loader:
-    def __init__(self, weights: Weights, arch: Arch, sizes: Sizes, config: EngineConfig) -> None:
+    def __init__(
+        self, weights: Weights, arch: Arch, sizes: Sizes, config: EngineConfig, activation_bits: int | None
+    ) -> None:
+        self.activation_bits = activation_bits
         self.weights = weights
         self.arch = arch
         self.sizes = sizes
@@ -208,7 +219,8 @@ class _Loader:
             if packed is None:
                 segments.append(FloatLinear(self._held(read_float_site(self.weights, segment)), bias))
             else:
-                segments.append(self._pack(self._fused(segment, packed), bias))
+                fused = self._fused(segment, packed)
+                segments.append(self._pack(fused, bias, activation_bits=self.activation_bits))
         return segments[0] if len(segments) == 1 else SideBySide(tuple(segments), self.ops.concat)
 
     def _fused(self, site: LinearSite, format: Format) -> QTensor:
@@ -230,17 +242,23 @@ class _Loader:
             raise CheckpointError(f"{part.module} is not {format.name} as the checkpoint's headers say; it is broken")
         return found
 
-    def _pack(self, w: QTensor, bias: Tensor | None = None) -> PackedLinear:
-        chosen = self._resolve("qlinear", w.format)
+    def _pack(self, w: QTensor, bias: Tensor | None = None, *, activation_bits: int | None = None) -> PackedLinear:
+        chosen = self._resolve("qlinear", w.format, activation_bits)
         if self.device.type != "cpu":
             w = QTensor(w.codes.to(self.device), w.zeros.to(self.device), w.scales.to(self.device), w.format)
         weight = w if chosen.pack is None else chosen.pack(w)
         nbytes = sum(tensor.nbytes for tensor in (weight.codes, weight.zeros, weight.scales))
         self.nbytes += nbytes
-        return PackedLinear(chosen.run, weight, bias, nbytes)
+        return PackedLinear(chosen.run, weight, bias, nbytes, activation_bits)
 
-    def _resolve(self, op: str, format: Format) -> Resolved:
-        return resolve(op, device=self.device.type, backend=self.config.backend, format=format)
+    def _resolve(self, op: str, format: Format, activation_bits: int | None = None) -> Resolved:
+        return resolve(
+            op,
+            device=self.device.type,
+            backend=self.config.backend,
+            format=format,
+            activation_bits=activation_bits,
+        )
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return read_tensor(self.weights, name, shape, self.weights.info(name).dtype)

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from dibit.engine.checkpoint.checkpoint import ModuleRule, Quantization, ZeroConvention
 from dibit.engine.checkpoint.module_patterns import float_linears, in_a_layer
-from dibit.engine.checkpoint.packing import Facts, Headers, check_export, compact_scales, finite_scales
+from dibit.engine.checkpoint.packing import (
+    CannotHold,
+    Facts,
+    Headers,
+    check_codes,
+    check_grid,
+    compact_scales,
+    finite_scales,
+)
 from dibit.engine.checkpoint.progress import PackedModule
 from dibit.engine.checkpoint.quantization_config import (
     alias,
@@ -101,21 +109,22 @@ class AwqPacking:
         return None
 
     def check(self, format: Format, n: int, k: int, *, module: str) -> None:
+        check_grid(format, module=module, label=self.label)
         if format.bits != BITS:
-            raise CheckpointError(
+            raise CannotHold(
                 f"{module} has {format.bits} bits; awq holds {BITS} only. Convert to gptq or compressed-tensors, "
                 f"or quantize the float model with --bits {BITS}"
             )
         if n % _PER_WORD:
-            raise CheckpointError(
+            raise CannotHold(
                 f"{module} has N = {n}; awq needs a multiple of {_PER_WORD}. Convert to compressed-tensors"
             )
         if not in_a_layer(module):
-            raise CheckpointError(f"{module} is quantized, but awq holds the linears of layers only; convert to gptq")
+            raise CannotHold(f"{module} is quantized, but awq holds the linears of layers only; convert to gptq")
 
     def pack(self, q: QTensor, *, module: str) -> dict[str, Tensor]:
         self.check(q.format, *q.shape, module=module)
-        check_export(q, module=module, label=self.label)
+        check_codes(q, module=module, label=self.label)
         return {
             "qweight": _put_together(q.codes.T),
             "qzeros": _put_together(q.zeros.T),
@@ -127,7 +136,7 @@ class AwqPacking:
     ) -> dict[str, Any]:
         sizes = sorted({info.group_size for info in modules.values()})
         if len(sizes) > 1:
-            raise CheckpointError(
+            raise CannotHold(
                 f"the linears have groups of {', '.join(map(str, sizes))} columns; awq holds one group size. "
                 "Convert to gptq or compressed-tensors"
             )

@@ -8,9 +8,9 @@ For a linear of N outputs and K inputs in groups of G:
 
 At 2 and 4 bits the codes of each 32-bit word are interleaved for float16 activations: code i at bit
 (i mod 2) * 16 + (i div 2) * bits, and at 2 bits the two middle bytes change places. This is undone here; it is the
-order of BitBLAS's `fast_decoding`, the default for these widths. Weights of more than two dimensions were permuted for one
-GPU's schedule and are refused, and so are symmetric files, which have no zero points and do not tell how their codes
-are signed. Wang et al., "Ladder", OSDI 2024.
+order of BitBLAS's `fast_decoding`, the default for these widths. Weights of more than two dimensions were permuted for
+one GPU's schedule and are refused, and so are symmetric files, which have no zero points and do not tell how their
+codes are signed. Wang et al., "Ladder", OSDI 2024.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from dibit.kernels.formats import Format, QTensor
+from dibit.kernels.formats import Format, QTensor, ZeroGrid
 
 ZeroConvention = Literal["v1", "v2"]
 ZeroChoice = Literal["auto", "v1", "v2"]
-Method = Literal["gptq", "awq", "compressed-tensors", "efficientqat", "bitblas"]
-CheckpointFormat = Literal["gptq", "gptq_v2", "gemm", "pack-quantized", "efficientqat", "bitblas"]
+Method = Literal["gptq", "awq", "compressed-tensors", "efficientqat", "bitblas", "dibit"]
+CheckpointFormat = Literal["gptq", "gptq_v2", "gemm", "pack-quantized", "efficientqat", "bitblas", "dibit"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class Quantization:
     checkpoint_format  the label in the file; whether zero points are stored as z or z - 1 may differ from what it says
     dynamic            overrides (`dynamic` of GPTQ, groups and `ignore` of compressed-tensors, modules that AWQ left
                        alone); the first one that matches a module holds
+    zero_grid          how the zero fields are read (kernels/formats.py); only dibit's own format has another than whole
+    activation_bits    width to which the inputs of the quantized linears are rounded, a token at a time
+                       (kernels.qlinear.quantize_activations); None: weights only
     """
 
     method: Method
@@ -81,10 +84,12 @@ class Quantization:
     act_order: bool = False
     quantizer: str | None = None
     dynamic: tuple[ModuleRule, ...] = ()
+    zero_grid: ZeroGrid = "integer"
+    activation_bits: int | None = None
 
     @property
     def format(self) -> Format:
-        return Format(self.bits, self.group_size)
+        return Format(self.bits, self.group_size, self.zero_grid)
 
     def format_of(self, module: str) -> Format | None:
         """Format declared for a linear module ("model.layers.3.mlp.up_proj"); None when declared float."""

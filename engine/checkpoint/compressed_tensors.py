@@ -30,7 +30,7 @@ from dibit.engine.checkpoint.compressed_tensors_config import (
     parse_compressed_tensors,
 )
 from dibit.engine.checkpoint.gptq import check_order
-from dibit.engine.checkpoint.packing import Facts, Headers, check_export, compact_scales, finite_scales
+from dibit.engine.checkpoint.packing import Facts, Headers, check_codes, check_grid, compact_scales, finite_scales
 from dibit.engine.checkpoint.progress import PackedModule
 from dibit.engine.checkpoint.words import (
     dense_words,
@@ -99,15 +99,16 @@ class CompressedTensorsPacking:
     ) -> QTensor:
         n, k = (int(size) for size in tensors[_SHAPE])
         middle = 1 << (format.bits - 1)
+        unpack = unpack_padded if format.bits == 3 and _is_padded(tensors, 3, n, k) else unpack_dense
         stored = tensors.get(_ZEROS)
         if stored is None:
             fields = torch.full((n, format.groups(k)), middle, dtype=torch.uint8)
         elif stored.dtype == torch.int8:
             fields = (stored.to(torch.int16) + middle).to(torch.uint8)
         else:
-            fields = _unpack(stored.T.contiguous(), format.bits, n).T.contiguous()
+            fields = unpack(stored.T.contiguous(), format.bits, n).T.contiguous()
         return QTensor(
-            codes=_unpack(tensors[_PACKED], format.bits, k),
+            codes=unpack(tensors[_PACKED], format.bits, k),
             zeros=fields,
             scales=finite_scales(tensors[_SCALE], module=module, source=source),
             format=format,
@@ -117,10 +118,11 @@ class CompressedTensorsPacking:
         return None
 
     def check(self, format: Format, n: int, k: int, *, module: str) -> None:
-        """Every format and shape can be held."""
+        check_grid(format, module=module, label=self.label)
 
     def pack(self, q: QTensor, *, module: str) -> dict[str, Tensor]:
-        check_export(q, module=module, label=self.label)
+        self.check(q.format, *q.shape, module=module)
+        check_codes(q, module=module, label=self.label)
         bits = q.format.bits
         tensors = {
             _PACKED: pack_dense(q.codes, bits),
@@ -137,8 +139,12 @@ class CompressedTensorsPacking:
         return compressed_tensors_config(modules, names, method=method, facts=facts)
 
 
-def _unpack(words: Tensor, bits: int, n: int) -> Tensor:
-    """int32 [rows, W] -> uint8 [rows, n], whichever way 3-bit fields were put into words."""
-    dense, padded = dense_words(n, bits), padded_words(n, bits)
-    old = words.shape[1] == padded and (dense != padded or not bool((words >> 30).any()))
-    return unpack_padded(words, bits, n) if bits == 3 and old else unpack_dense(words, bits, n)
+def _is_padded(tensors: Mapping[str, Tensor], bits: int, n: int, k: int) -> bool:
+    """Whether 3-bit fields stand ten to a word: by the shape of either tensor, else by the bits that this leaves."""
+    packed = [(tensors[_PACKED], 1, k)]
+    if _ZEROS in tensors and tensors[_ZEROS].dtype == torch.int32:
+        packed.append((tensors[_ZEROS], 0, n))
+    for words, axis, count in packed:
+        if dense_words(count, bits) != padded_words(count, bits):
+            return words.shape[axis] == padded_words(count, bits)
+    return not any(bool((words >> 30).any()) for words, _, _ in packed)

@@ -13,10 +13,12 @@ from dibit.engine.checkpoint.awq import AwqPacking, parse_awq
 from dibit.engine.checkpoint.bitblas import BitblasPacking, parse_bitblas
 from dibit.engine.checkpoint.checkpoint import Quantization
 from dibit.engine.checkpoint.compressed_tensors import CompressedTensorsPacking, parse_compressed_tensors
+from dibit.engine.checkpoint.fractional import FractionalPacking, parse_fractional
 from dibit.engine.checkpoint.gptq import WORDWISE_TOOL, GptqPacking
 from dibit.engine.checkpoint.packing import Export, Packing
 from dibit.engine.checkpoint.quantization_config import alias, parse_quantization
 
+FRACTIONAL = FractionalPacking()
 EXPORTS: Mapping[str, Export] = {
     "gptq": GptqPacking("v2"),
     "gptq-v1": GptqPacking("v1"),
@@ -39,6 +41,8 @@ def declared_packing(raw: Mapping[str, Any], source: str, *, default_method: str
     Raises CheckpointError on a method or a packing that is not supported, and on contradictory keys.
     """
     method = alias(raw, "quant_method", source) or default_method
+    if method == FRACTIONAL.label:
+        return Declared(parse_fractional(raw, source), FRACTIONAL)
     if method == "awq":
         return Declared(parse_awq(raw, source), AwqPacking())
     if method == "compressed-tensors":

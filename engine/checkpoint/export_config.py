@@ -12,8 +12,10 @@ from typing import Any
 
 from dibit.engine.checkpoint.module_patterns import float_linears, module_patterns
 from dibit.engine.checkpoint.progress import PackedModule
+from dibit.kernels.formats import ZeroGrid
 
-_Kind = tuple[int, int] | None
+# Bits, group size and zero grid of a linear; None: in float.
+_Kind = tuple[int, int, ZeroGrid] | None
 
 
 def quantization_config(
@@ -26,9 +28,12 @@ def quantization_config(
     """
     modules  every packed linear
     names    every tensor of the checkpoint; linears of layers that are not packed are declared float
+
+    `zero_grid` is written where any linear has another than whole zero points, which only fractional.py may.
     """
-    kinds: dict[str, _Kind] = {module: (info.bits, info.group_size) for module, info in modules.items()}
-    (bits, group_size), _ = Counter((info.bits, info.group_size) for info in modules.values()).most_common(1)[0]
+    packed = {module: (info.bits, info.group_size, info.zero_grid) for module, info in modules.items()}
+    kinds: dict[str, _Kind] = {**packed}
+    (bits, group_size, zero_grid), _ = Counter(packed.values()).most_common(1)[0]
     kinds.update(dict.fromkeys(float_linears(names, modules)))
     config: dict[str, Any] = {
         "quant_method": "gptq",
@@ -41,18 +46,20 @@ def quantization_config(
         "pack_dtype": "int32",
         "meta": {"quantizer": f"dibit:{version('dibit')}", "method": method, **facts},
     }
-    dynamic = _dynamic(kinds, (bits, group_size))
+    if any(grid != "integer" for _, _, grid in packed.values()):
+        config["zero_grid"] = zero_grid
+    dynamic = _dynamic(kinds, (bits, group_size, zero_grid))
     if dynamic:
         config["dynamic"] = dynamic
     return config
 
 
-def _dynamic(kinds: Mapping[str, _Kind], default: _Kind) -> dict[str, dict[str, int]]:
-    rules: dict[str, dict[str, int]] = {}
+def _dynamic(kinds: Mapping[str, _Kind], default: tuple[int, int, ZeroGrid]) -> dict[str, dict[str, int | str]]:
+    rules: dict[str, dict[str, int | str]] = {}
     for pattern, kind in module_patterns(kinds, default):
-        rules |= _rule(pattern, kind)
+        if kind is None:
+            rules[f"-:{pattern}"] = {}
+        else:
+            grid = {} if kind[2] == default[2] else {"zero_grid": kind[2]}
+            rules[f"+:{pattern}"] = {"bits": kind[0], "group_size": kind[1], **grid}
     return rules
-
-
-def _rule(pattern: str, kind: _Kind) -> dict[str, dict[str, int]]:
-    return {f"-:{pattern}": {}} if kind is None else {f"+:{pattern}": {"bits": kind[0], "group_size": kind[1]}}

@@ -26,10 +26,12 @@ from dibit.engine.checkpoint.checkpoint import TensorInfo, ZeroConvention
 from dibit.engine.checkpoint.export_config import quantization_config
 from dibit.engine.checkpoint.packing import (
     SAMPLED_ROWS,
+    CannotHold,
     Facts,
     Headers,
     Sample,
-    check_export,
+    check_codes,
+    check_grid,
     compact_scales,
     finite_scales,
 )
@@ -152,12 +154,12 @@ def to_gptq(q: QTensor, *, zeros: ZeroConvention = "v2", module: str = "linear")
     """
     n, k = q.shape
     bits = q.format.bits
-    _check_words(q.format, n, k, module=module)
-    check_export(q, module=module, label="the GPTQ format")
+    check_words(q.format, n, k, module=module)
+    check_codes(q, module=module, label="the GPTQ format")
     fields = q.zeros
     if zeros == "v1":
         if int(fields.min()) == 0:
-            raise CheckpointError(
+            raise CannotHold(
                 f"{module} has zero points of 0, which checkpoint_format gptq (version 1) cannot hold; write gptq_v2"
             )
         fields = fields - 1
@@ -204,9 +206,11 @@ class GptqPacking:
         return Sample(codes, unpack_stream(tensors["qzeros"], format.bits).T, format)
 
     def check(self, format: Format, n: int, k: int, *, module: str) -> None:
-        _check_words(format, n, k, module=module)
+        check_grid(format, module=module, label=self.label)
+        check_words(format, n, k, module=module)
 
     def pack(self, q: QTensor, *, module: str) -> dict[str, Tensor]:
+        check_grid(q.format, module=module, label=self.label)
         return to_gptq(q, zeros=self.zeros, module=module).named("")
 
     def config(
@@ -216,10 +220,11 @@ class GptqPacking:
         return quantization_config(modules, names, method=method, facts=facts) | {"checkpoint_format": label}
 
 
-def _check_words(format: Format, n: int, k: int, *, module: str) -> None:
+def check_words(format: Format, n: int, k: int, *, module: str) -> None:
+    """Raises CannotHold where the fields of a row or column do not fill whole words."""
     for letter, size in (("N", n), ("K", k)):
         if size * format.bits % 32:
-            raise CheckpointError(
+            raise CannotHold(
                 f"{module} has {letter} = {size}: {size} fields of {format.bits} bits do not fill whole 32-bit words, "
                 f"which the GPTQ format needs; keep this layer in float or use a width for which {letter} * bits is a "
                 "multiple of 32"

@@ -39,6 +39,7 @@ class CheckpointSummary:
     bits_per_weight  stored bits of a linear's weight on average, scales and zero points included
     block_widths     for every block, the widths of its packed linears, each once; empty for one in float
     quantization     declared method and format; None for a model in float (or in GGUF blocks)
+    activation_bits  width to which the inputs of quantized linears are rounded when it is served; None: weights only
     zero_convention  how zero points are read, with the reason beside it
     """
 
@@ -55,6 +56,7 @@ class CheckpointSummary:
     block_widths: tuple[tuple[int, ...], ...]
     quantization: str | None
     quantizer: str | None
+    activation_bits: int | None
     zero_convention: str | None
     zero_reason: str | None
     tokenizer: bool
@@ -69,6 +71,8 @@ class CheckpointSummary:
             f"linears         {self.bits_per_weight:.2f} bits per weight",
             f"quantization    {self.quantization or 'none'}" + (f", by {self.quantizer}" if self.quantizer else ""),
         ]
+        if self.activation_bits is not None:
+            lines.append(f"activations     {self.activation_bits} bits, one scale per token")
         if self.zero_convention:
             lines.append(f"zero points     {self.zero_convention}: {self.zero_reason}")
         lines.append(f"tokenizer       {_yes(self.tokenizer)}, chat template {_yes(self.chat_template)}")
@@ -129,6 +133,7 @@ def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
         else f"{quantization.method} {quantization.format.name}, "
         f"{'symmetric' if quantization.symmetric else 'asymmetric'}, labelled {quantization.checkpoint_format}",
         quantizer=None if quantization is None else quantization.quantizer,
+        activation_bits=None if quantization is None else quantization.activation_bits,
         zero_convention=None if decision is None else decision.convention,
         zero_reason=None if decision is None else decision.reason,
         tokenizer=checkpoint.has_tokenizer(),

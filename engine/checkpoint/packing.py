@@ -21,7 +21,13 @@ from dibit.engine.errors import CheckpointError
 from dibit.kernels.formats import Format, FormatError, QTensor
 
 SAMPLED_ROWS = 256
+
+
 Facts = Mapping[str, str | int | float | bool | None]
+
+
+class CannotHold(CheckpointError):
+    """A linear that an on-disk format has no room for; another format has."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,9 @@ class Headers:
         try:
             return form.groups(k)
         except FormatError as error:
-            raise self.error(f"is declared {form.name}: {error}") from error
+            raise self.error(
+                f"is declared {form.name}, but its tensors ({self.shapes()}) do not fit: {error}"
+            ) from error
 
     def expect(self, form: Format, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises CheckpointError when a tensor has another shape than the declared format needs."""
@@ -133,10 +141,10 @@ class Export(Packing, Protocol):
         """A file that repeats the quantization config for older loaders."""
 
     def check(self, format: Format, n: int, k: int, *, module: str) -> None:
-        """Raises CheckpointError when a linear of this format and shape cannot be held (from headers alone)."""
+        """Raises CannotHold for a linear of this format and shape, as far as headers tell."""
 
     def pack(self, q: QTensor, *, module: str) -> dict[str, Tensor]:
-        """Tensors of one linear by the last word of their names. Raises CheckpointError for what cannot be held."""
+        """Tensors of one linear by the last word of their names. Raises CannotHold."""
 
     def config(
         self, modules: Mapping[str, PackedModule], names: Iterable[str], *, method: str | None, facts: Facts
@@ -161,8 +169,17 @@ def compact_scales(scales: Tensor) -> Tensor:
     return half if torch.equal(half.float(), scales.float()) else scales
 
 
-def check_export(q: QTensor, *, module: str, label: str) -> None:
-    """What no exchange format can hold. Raises CheckpointError."""
+def check_grid(format: Format, *, module: str, label: str) -> None:
+    """Raises CannotHold for zero points that other tools would read as something else."""
+    if format.zero_grid != "integer":
+        raise CannotHold(
+            f"{module} is {format.name}: its zero fields do not mean whole zero points, which {label} takes them for. "
+            "Serve it as it is, or quantize the float model again with whole zero points"
+        )
+
+
+def check_codes(q: QTensor, *, module: str, label: str) -> None:
+    """Raises CheckpointError for codes that do not fit their fields."""
     if int(q.codes.max()) > q.format.qmax or int(q.zeros.max()) > q.format.qmax:
         raise CheckpointError(
             f"{module} has codes or zero points above {q.format.qmax}, the largest of {q.format.bits} bits, which "

@@ -17,6 +17,7 @@ from dibit.engine.checkpoint.json_file import read_object
 from dibit.engine.checkpoint.safetensors_file import SafetensorsFile
 from dibit.engine.checkpoint.shard_file import checksum, write_text
 from dibit.engine.errors import CheckpointError
+from dibit.kernels.formats import ZeroGrid
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class PackedModule:
     bits: int
     group_size: int
     symmetric: bool
+    zero_grid: ZeroGrid = "integer"
 
 
 @dataclass(frozen=True)

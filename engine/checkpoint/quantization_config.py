@@ -12,11 +12,12 @@ from typing import Any, cast
 
 from dibit.engine.checkpoint.checkpoint import CheckpointFormat, ModuleRule, Quantization
 from dibit.engine.errors import CheckpointError
-from dibit.kernels.formats import Format, FormatError
+from dibit.kernels.formats import Format, FormatError, ZeroGrid
+from dibit.kernels.qlinear import ACTIVATION_BITS
 
 SUPPORTED = (
     "GPTQ (checkpoint_format gptq or gptq_v2; 2, 3, 4 or 8 bits; no act-order), AWQ (version gemm), compressed-tensors "
-    "(pack-quantized), EfficientQAT, BitBLAS, or an unquantized model"
+    "(pack-quantized), EfficientQAT, BitBLAS, dibit's own, or an unquantized model"
 )
 MAX_PATTERN = 1000
 _ALIASES = {
@@ -47,6 +48,11 @@ def parse_quantization(raw: Mapping[str, Any], source: str, *, default_method: s
         raise CheckpointError(f"{source} has checkpoint_format {label!r}; supported: gptq, gptq_v2. Export it again so")
     if raw.get("pack_dtype", "int32") != "int32":
         raise CheckpointError(f"{source} packs into {raw['pack_dtype']}; supported: int32")
+    if raw.get("zero_grid", "integer") != "integer":
+        raise CheckpointError(
+            f"{source} has zero_grid {raw['zero_grid']!r} under quant_method gptq, whose zero points are whole; only "
+            "quant_method dibit has others. Correct the config, or quantize the float model again"
+        )
     for key in _MUST_BE_UNSET:
         if raw.get(key):
             raise CheckpointError(f"{source} sets {key}, which is not supported; export the model again without it")
@@ -61,7 +67,8 @@ def parse_quantization(raw: Mapping[str, Any], source: str, *, default_method: s
         checkpoint_format=cast(CheckpointFormat, label),
         act_order=bool(raw.get("desc_act", False)),
         quantizer=quantizer_of(raw),
-        dynamic=_rules(raw.get("dynamic") or {}, bits, group_size, source),
+        dynamic=dynamic_rules(raw.get("dynamic") or {}, bits, group_size, source),
+        activation_bits=activation_bits_of(raw, source),
     )
 
 
@@ -78,9 +85,20 @@ def whole_number(value: Any, key: str, source: str) -> int:
     return value
 
 
-def checked_format(bits: int, group_size: int, source: str) -> Format:
+def activation_bits_of(raw: Mapping[str, Any], source: str) -> int | None:
+    """The width of activations that dibit notes in a config; None where it says nothing."""
+    value = raw.get("activation_bits")
+    if value is not None and (type(value) is not int or value not in ACTIVATION_BITS):
+        allowed = ", ".join(map(str, ACTIVATION_BITS))
+        raise CheckpointError(
+            f"{source} has activation_bits {value!r}; supported: {allowed}, or nothing for weights only"
+        )
+    return value
+
+
+def checked_format(bits: int, group_size: int, source: str, *, zero_grid: ZeroGrid = "integer") -> Format:
     try:
-        return Format(bits, group_size)
+        return Format(bits, group_size, zero_grid)
     except FormatError as error:
         raise CheckpointError(f"{source}: {error}. Quantize the float model again with `dibit quantize`") from error
 
@@ -105,13 +123,19 @@ def quantizer_of(raw: Mapping[str, Any]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _rules(raw: Any, bits: int, group_size: int, source: str) -> tuple[ModuleRule, ...]:
+def dynamic_rules(
+    raw: Any, bits: int, group_size: int, source: str, *, zero_grid: ZeroGrid | None = None
+) -> tuple[ModuleRule, ...]:
+    """`dynamic` of a config, whose other fields hold where an entry is silent.
+
+    zero_grid  None: of a format that has whole zero points only
+    """
     if not isinstance(raw, dict):
         raise CheckpointError(f"{source} has `dynamic` of type {type(raw).__name__}; expected an object of patterns")
-    return tuple(_rule(key, value, bits, group_size, source) for key, value in raw.items())
+    return tuple(_rule(key, value, bits, group_size, source, zero_grid) for key, value in raw.items())
 
 
-def _rule(key: str, value: Any, bits: int, group_size: int, source: str) -> ModuleRule:
+def _rule(key: str, value: Any, bits: int, group_size: int, source: str, zero_grid: ZeroGrid | None) -> ModuleRule:
     negative = key.startswith("-:")
     pattern = key[2:] if key.startswith(("-:", "+:")) else key
     where = f"{source}, dynamic {key[:80]!r}"
@@ -126,11 +150,15 @@ def _rule(key: str, value: Any, bits: int, group_size: int, source: str) -> Modu
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} holds {value!r:.40}; expected an object with bits, group_size")
     own_bits, own_group = alias(value, "bits", where), alias(value, "group_size", where)
+    own_grid = value.get("zero_grid", zero_grid or "integer")
+    if zero_grid is None and own_grid != "integer":
+        raise CheckpointError(f"{where} has zero_grid {own_grid!r}; only quant_method dibit has other than whole ones")
     return ModuleRule(
         pattern,
         checked_format(
             bits if own_bits is None else whole_number(own_bits, "bits", where),
             group_size if own_group is None else whole_number(own_group, "group_size", where),
             where,
+            zero_grid=own_grid,
         ),
     )

@@ -110,8 +110,9 @@ class CheckpointWriter:
         packed = self._export.pack(q, module=module)
         self._pending.update({f"{module}.{part}": tensor for part, tensor in packed.items()})
         middle = 1 << (q.format.bits - 1)
-        symmetric = bool((q.zeros == middle).all())
-        self._pending_modules[module] = PackedModule(q.format.bits, q.format.group_size, symmetric)
+        form = q.format
+        symmetric = form.zero_grid == "integer" and bool((q.zeros == middle).all())
+        self._pending_modules[module] = PackedModule(form.bits, form.group_size, symmetric, form.zero_grid)
         self._flush_when_large()
 
     def module(self, module: str) -> QTensor:
@@ -121,7 +122,7 @@ class CheckpointWriter:
         names = {part: name for part in self._export.parts if (name := f"{module}.{part}") in where}
         return self._export.unpack(
             {part: self._read(name) for part, name in names.items()},
-            Format(written.bits, written.group_size),
+            Format(written.bits, written.group_size, written.zero_grid),
             zeros=self._export.zeros,
             module=module,
             source=str(self.directory),
@@ -149,11 +150,13 @@ class CheckpointWriter:
         *,
         method: str | None = None,
         facts: Mapping[str, str | int | float | bool | None] | None = None,
+        activation_bits: int | None = None,
         scratch: Sequence[str] = (),
     ) -> Path:
         """Complete the checkpoint and give it its name.
 
         method, facts  recorded in quantization_config.meta
+        activation_bits  recorded in quantization_config, where it is not None
         scratch        files in `directory` that are not part of the checkpoint
         returns        the directory of the checkpoint
         """
@@ -163,6 +166,8 @@ class CheckpointWriter:
         modules = self._modules()
         if modules:
             quantization = self._export.config(modules, self._where(), method=method, facts=facts or {})
+            if activation_bits is not None:
+                quantization["activation_bits"] = activation_bits
             config["quantization_config"] = quantization
             if self._export.side_file is not None:
                 self._write_json(self._export.side_file, quantization)
@@ -188,6 +193,11 @@ class CheckpointWriter:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def discard(self) -> None:
+        """Give up: what was written is deleted."""
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _gather(self) -> dict[str, str]:
         """Parts into shards of at most max_shard_bytes, each part deleted as soon as nothing in it is needed.

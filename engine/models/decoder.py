@@ -50,15 +50,21 @@ class FloatLinear:
 
 @dataclass(slots=True)
 class PackedLinear:
-    """A quantized weight in the layout of the backend whose `run` computes with it; x [M, K] only."""
+    """A quantized weight in the layout of the backend whose `run` computes with it; x [M, K] only.
 
-    run: Callable[[Tensor, Any, Tensor | None], Tensor]
+    activation_bits  width to which x is rounded first, a token at a time; None: left to the backend
+    """
+
+    run: Callable[..., Tensor]
     weight: Any
     bias: Tensor | None
     nbytes: int
+    activation_bits: int | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.run(x, self.weight, self.bias)
+        if self.activation_bits is None:
+            return self.run(x, self.weight, self.bias)
+        return self.run(x, self.weight, self.bias, activation_bits=self.activation_bits)
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import weakref
@@ -20,6 +21,7 @@ from dibit.engine.loader import FloatEmbedding, PackedEmbedding, load_decoder, r
 from dibit.engine.models.decoder import FloatLinear, PackedLinear
 from dibit.kernels import native
 from dibit.kernels.formats import Format, QTensor, dequantize
+from dibit.kernels.qlinear import quantize_activations
 
 REFERENCE = EngineConfig(backend="reference")
 Q = "model.layers.1.self_attn.q_proj"
@@ -144,6 +146,37 @@ def test_a_head_that_the_checkpoint_quantized_stays_as_it_is() -> None:
     decoder = load_decoder(low, config=EngineConfig(backend="reference", head_bits=16))
     assert isinstance(decoder.head, PackedLinear)
     assert decoder.head.weight.format == Format(3, 16)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_activation_bits_are_for_the_blocks_and_not_for_the_head(backend: Any) -> None:
+    if backend == "cpu" and native.unavailable() is not None:
+        pytest.skip("C++ kernels not built")
+    low = quantized(tiny(), Format(4, 16))
+    config = EngineConfig(backend=backend)
+    plain, rounded = load_decoder(low, config=config), load_decoder(low, config=config, activation_bits=4)
+    reference = load_decoder(low, config=REFERENCE)
+    x = torch.randn(3, 48)
+    given = quantize_activations(x, bits=4)
+    assert torch.equal(rounded.head(x), plain.head(x))
+    for layer, key in itertools.product(range(2), ("qkv", "gate_up")):
+        found = rounded.blocks[layer].linears[key](x)
+        torch.testing.assert_close(found, reference.blocks[layer].linears[key](given), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, plain.blocks[layer].linears[key](x), atol=1e-3)
+
+
+def test_fractional_zero_points_serve_like_their_floats() -> None:
+    low = quantized(tiny(), Format(2, 16, "fractional"))
+    floats = tiny()
+    for module, q in low.packed.items():
+        floats.tensors[f"{module}.weight"] = dequantize(q)
+    config = EngineConfig(backend="reference", head_bits=16)
+    x = torch.randn(3, 48)
+    for key in ("qkv", "gate_up"):
+        for one, other in zip(
+            load_decoder(low, config=config).blocks, load_decoder(floats, config=config).blocks, strict=True
+        ):
+            torch.testing.assert_close(one.linears[key](x), other.linears[key](x), rtol=1e-5, atol=1e-5)
 
 
 def test_rounding_in_slices_is_rounding_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
