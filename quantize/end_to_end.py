@@ -13,7 +13,6 @@ saved state with the same result to the bit (on the same machine with the same n
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
@@ -353,7 +352,3 @@ def report(
         seconds=course.training_s,
         tokens_per_s=course.tokens / course.training_s if course.training_s else 0.0,
     )
-
-
-def as_json(found: EndToEndReport) -> dict[str, object]:
-    return dataclasses.asdict(found)

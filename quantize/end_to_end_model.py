@@ -36,6 +36,7 @@ from dibit.kernels.formats import (
     zero_points,
 )
 from dibit.kernels.norm import rms_norm_reference
+from dibit.quantize.activations import rounded_inputs
 from dibit.quantize.fake_quantize import straight
 
 # A step size may shrink to this share of where it began.
@@ -116,6 +117,7 @@ class LowBitModel:
     values, grad   float32 [P]
     least          float32 [P], the smallest allowed value of each
     embedding, head  float32 [vocab, hidden]; one tensor where they are tied
+    activation_bits  to which inputs of linears are rounded, as the checkpoint says
 
     Raises CheckpointError when no linear of it is packed, or one has step sizes that are not positive.
     """
@@ -123,6 +125,7 @@ class LowBitModel:
     def __init__(self, source: Checkpoint, arch: Arch, sizes: Sizes, *, norms: bool) -> None:
         self.arch, self.sizes = arch, sizes
         self._source, self._norms = source, norms
+        self.activation_bits = None if source.quantization is None else source.quantization.activation_bits
         self._slots: list[Slot] = []
         self._begin: list[Tensor] = []
         self.cos, self.sin = sizes.rope.tables(sizes.max_positions)
@@ -270,7 +273,8 @@ class LowBitModel:
             self._norm(own.slots[name], leaves[name]) if self._norms else norm
             for name, norm in zip(norm_names(self.arch, layer), own.norms, strict=True)
         ]
-        return Block(self.sizes, linears=linears, attn_norm=norms[0], mlp_norm=norms[1])
+        block = Block(self.sizes, linears=linears, attn_norm=norms[0], mlp_norm=norms[1])
+        return rounded_inputs(block, self.activation_bits)
 
     def _final(self, *, trained: bool) -> tuple[Tensor, Tensor | None]:
         slot = self._final_slot

@@ -6,6 +6,7 @@ codes. All that lies aside until it is whole is in OUT.partial, the state of the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -34,7 +35,6 @@ from dibit.quantize.end_to_end import (
     EndToEndReport,
     EndToEndTraining,
     Progress,
-    as_json,
     report,
 )
 from dibit.quantize.end_to_end_model import LowBitModel
@@ -151,6 +151,7 @@ def train_end_to_end(
         writer.finish(
             method=method or meta.get("method"),
             facts={**facts, "end_to_end": settings.objective},
+            activation_bits=model.activation_bits,
             scratch=[JOURNAL_NAME, STATES_NAME, *(path.name for path in state_files(writer.directory))],
         )
     return found
@@ -178,7 +179,9 @@ def _describe(
     found: EndToEndReport,
     describe: Callable[[EndToEndReport, Path], None] | None,
 ) -> None:
-    write_text(directory / FINETUNE_REPORT_NAME, json.dumps(as_json(found), indent=2, ensure_ascii=False) + "\n")
+    write_text(
+        directory / FINETUNE_REPORT_NAME, json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False) + "\n"
+    )
     if describe is not None:
         describe(found, directory)
         return
@@ -268,16 +271,12 @@ def _settings(
     return {
         "source": _files(source),
         "teacher": None if teacher is None else _files(teacher),
-        "end_to_end": as_settings(settings),
+        "end_to_end": dataclasses.asdict(settings),
         "examples": {key: value for key, value in examples.facts.items() if key != "file"},
         "shape": list(examples.tokens.shape),
         "seed": seed,
         "version": version("dibit"),
     }
-
-
-def as_settings(settings: EndToEnd) -> dict[str, Any]:
-    return dict(vars(settings))
 
 
 def _files(checkpoint: Checkpoint) -> list[list[Any]]:

@@ -20,6 +20,7 @@ from dibit.engine.errors import DibitError, UserError
 from dibit.server.cli_bench import bench_app
 from dibit.server.cli_convert import convert
 from dibit.server.cli_eval import eval_app
+from dibit.server.cli_finetune import finetune
 from dibit.server.cli_kernels import kernels_app
 from dibit.server.cli_quantize import quantize, report
 from dibit.server.options import Json, Model, engine_options
@@ -33,6 +34,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 110},
 )
 app.command()(quantize)
+app.command()(finetune)
 app.command()(report)
 app.command()(convert)
 app.add_typer(eval_app, name="eval")

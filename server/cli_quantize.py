@@ -16,7 +16,9 @@ def quantize(
     model: Model,
     *,
     out: q.Out,
-    method: Annotated[str, typer.Option(help="rtn (no calibration), gptq, awq, omniquant or block-ap")] = "rtn",
+    method: Annotated[
+        str, typer.Option(help="rtn (no calibration), gptq, awq, omniquant, block-ap or efficientqat")
+    ] = "rtn",
     bits: q.Bits = None,
     group_size: q.GroupSize = None,
     symmetric: q.Symmetric = False,
@@ -31,6 +33,7 @@ def quantize(
     importance: q.ImportanceName = None,
     importance_samples: q.ImportanceSamples = None,
     reverse: q.Reverse = False,
+    per_linear: q.PerLinear = False,
     plan_file: q.PlanFile = None,
     save_plan: q.SavePlan = None,
     overwrite: q.Overwrite = False,
@@ -56,6 +59,7 @@ def quantize(
         importance=importance,
         importance_samples=importance_samples,
         reverse=reverse,
+        per_linear=per_linear,
     )
     given = None if plan_file is None else Plan.from_json(q.read_plan(plan_file))
     with quantize_progress() as progress:

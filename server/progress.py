@@ -51,9 +51,30 @@ def window_progress(measure: str = "ppl") -> Iterator[Callable[[int, int, float]
 
 
 @contextmanager
+def request_progress() -> Iterator[Callable[[int, int], None]]:
+    """For tasks: progress(answered, asked)."""
+    with _shown("request") as update:
+        yield lambda done, total: update(done, total, "")
+
+
+@contextmanager
 def quantize_progress() -> Iterator[Update]:
     """For quantize: progress(blocks done, blocks, what is being done and how it goes)."""
     with _shown("block") as update:
+        yield update
+
+
+@contextmanager
+def convert_progress() -> Iterator[Update]:
+    """For convert: progress(linears done, linears, the one in work)."""
+    with _shown("linear") as update:
+        yield update
+
+
+@contextmanager
+def finetune_progress() -> Iterator[Update]:
+    """For finetune: progress(steps made, steps, note)."""
+    with _shown("step") as update:
         yield update
 
 

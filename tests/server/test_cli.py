@@ -56,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_help_names_every_command(run: Callable[..., Ended]) -> None:
     ended = run("--help")
     assert ended.status == 0
-    for command in ("quantize", "serve", "chat", "generate", "inspect", "plan", "doctor", "eval", "bench"):
+    for command in ("quantize", "finetune", "serve", "chat", "generate", "inspect", "plan", "doctor", "eval", "bench"):
         assert command in ended.out
 
 
