@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,37 @@ def gptq_config(format: Format, *, label: str = "gptq_v2", symmetric: bool = Fal
         "desc_act": False,
         "sym": symmetric,
     } | more
+
+
+def words_of(fields: Iterable[int], bits: int, *, per_word: int | None = None) -> list[int]:
+    """Signed 32-bit words of fields, lowest bits first, by arithmetic on one large number.
+
+    per_word  that many fields a word; left out: a dense stream
+    """
+    row = [int(field) for field in fields]
+    if per_word is None:
+        number = sum(field << (i * bits) for i, field in enumerate(row))
+        count = -(-len(row) * bits // 32)
+    else:
+        number = sum(field << (i // per_word * 32 + i % per_word * bits) for i, field in enumerate(row))
+        count = -(-len(row) // per_word)
+    words = [(number >> (32 * i)) & 0xFFFFFFFF for i in range(count)]
+    return [w - (1 << 32) if w >> 31 else w for w in words]
+
+
+def word_rows(fields: Tensor, bits: int, *, per_word: int | None = None) -> Tensor:
+    """int32 words of every row of fields [R, n]."""
+    return torch.tensor([words_of(row, bits, per_word=per_word) for row in fields.tolist()], dtype=torch.int32)
+
+
+def same_weight(found: object, q: QTensor) -> bool:
+    return (
+        isinstance(found, QTensor)
+        and found.format == q.format
+        and torch.equal(found.codes, q.codes)
+        and torch.equal(found.zeros, q.zeros)
+        and torch.equal(found.scales.float(), q.scales.float())
+    )
 
 
 def write_gptq(
