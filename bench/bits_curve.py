@@ -31,6 +31,8 @@ ORDERS = (
     Order("zd", ("--importance", "zd")),
     Order("error", ("--importance", "error"), needs_text=True),
     Order("measured", ("--importance", "measured"), needs_text=True),
+    Order("fisher", ("--importance", "fisher"), needs_text=True),
+    Order("per-linear", ("--per-linear",), needs_text=True),
     Order("depth", ("--importance", "depth")),
     Order("random-0", ("--importance", "random", "--seed", "0")),
     Order("random-1", ("--importance", "random", "--seed", "1")),

@@ -1,4 +1,5 @@
-"""From a budget to bits per block: each block gets one width, the important ones a wider one.
+"""From a budget to bits per block: each block gets one width, the important ones a wider one; or each site of a block,
+as the linears that are computed together share their width. What is said of blocks here holds for such units.
 
 Widening blocks one after another in a fixed sequence of steps, and stopping before the first step that no longer
 fits, has two consequences on purpose: the budget is never exceeded, and a larger budget never takes a bit away from
@@ -42,6 +43,7 @@ class Budget:
     choices      widths to choose from
     importance   what tells which blocks get more
     reverse      the least important ones get more instead: for comparison
+    per_site     every site (q, k and v; o; gate and up; down) gets its own width; with importance "fisher"
     samples      calibration sequences that the importance looks at, at most; left out: 16, or 4 for "measured", which
                  takes far more work for each
     """
@@ -52,6 +54,7 @@ class Budget:
     importance: ImportanceKind = "lim"
     reverse: bool = False
     samples: int | None = None
+    per_site: bool = False
 
     def __post_init__(self) -> None:
         if (self.mean_bits is None) == (self.total_bytes is None):
@@ -64,6 +67,8 @@ class Budget:
             raise ConfigError(f"widths to choose from: {found}; supported: {', '.join(map(str, BITS))}")
         if self.importance not in IMPORTANCES:
             raise ConfigError(f"importance {self.importance!r} is not known; supported: {', '.join(IMPORTANCES)}")
+        if self.per_site and self.importance != "fisher":
+            raise ConfigError(f"importance {self.importance!r} tells of whole blocks; widths per linear need fisher")
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"importance samples is {self.samples}; it must be at least 1")
         if self.samples is None:
@@ -77,7 +82,8 @@ class Allocation:
 
     budget      what was asked for
     importance  the scores that decided
-    bits        width of every block
+    bits        width of every unit: of every block, or of every site
+    units       their names, "layers.3" or "layers.3.down"
     mean_bits   bits of code per quantized weight on average
     """
 
@@ -85,6 +91,7 @@ class Allocation:
     importance: Importance
     bits: tuple[int, ...]
     mean_bits: float
+    units: tuple[str, ...]
 
     def plan(self, group_size: int) -> Plan:
         """The plan of these widths: the most common one as the default, an override for every other."""
@@ -93,8 +100,8 @@ class Allocation:
         plan = Plan.uniform(Format(default, group_size))
         for bits in counts:
             if bits != default:
-                layers = "|".join(str(i) for i, own in enumerate(self.bits) if own == bits)
-                plan = plan.override(rf"layers\.({layers})\..*", Format(bits, group_size))
+                names = [name for name, own in zip(self.units, self.bits, strict=True) if own == bits]
+                plan = plan.override(_pattern(names, whole=not self.budget.per_site), Format(bits, group_size))
         return plan
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,6 +114,7 @@ class Allocation:
             "order": list(importance.order(reverse=self.budget.reverse)),
             "bits": list(self.bits),
             "mean_bits": self.mean_bits,
+            "units": list(self.units),
         }
 
     @classmethod
@@ -115,7 +123,13 @@ class Allocation:
         budget = Budget(**{**data["budget"], "choices": tuple(data["budget"]["choices"])})
         damage = {int(bits): tuple(values) for bits, values in data["damage"].items()}
         importance = Importance(budget.importance, tuple(data["scores"]), damage)
-        return cls(budget, importance, tuple(data["bits"]), data["mean_bits"])
+        return cls(budget, importance, tuple(data["bits"]), data["mean_bits"], tuple(data["units"]))
+
+
+def _pattern(names: Sequence[str], *, whole: bool) -> str:
+    """Of the blocks of those names, or of the sites."""
+    either = "|".join(name.removeprefix("layers.").replace(".", r"\.") for name in names)
+    return rf"layers\.({either})" + (r"\..*" if whole else "")
 
 
 Step = tuple[int, int]  # block, its new width

@@ -13,6 +13,7 @@ Both say nothing about rounding itself. `error` and `measured` round one block a
 at the squared error of the block's output over its squared norm, token by token, or at the divergence of the model's
 predictions, KL(float ‖ one block rounded). For the latter as many copies of the hidden states as there are blocks and
 widths travel through the model together, so that every block is read once, and memory holds one block and the copies.
+`fisher` estimates the same divergence from gradients (fisher.py), for every site of every block at once.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.stats import Stats
 from dibit.quantize.streams import HiddenStates, StreamConfig
 
-ImportanceKind = Literal["lim", "zd", "measured", "error", "depth", "random"]
+ImportanceKind = Literal["lim", "zd", "measured", "error", "fisher", "depth", "random"]
 IMPORTANCES: tuple[ImportanceKind, ...] = get_args(ImportanceKind)
-NEED_TEXT: frozenset[ImportanceKind] = frozenset({"lim", "measured", "error"})
+NEED_TEXT: frozenset[ImportanceKind] = frozenset({"lim", "measured", "error", "fisher"})
 
 # A hidden state of zeros has no relative error.
 TINY = 1e-30
@@ -53,7 +54,7 @@ LOGIT_ROWS = 256
 class Importance:
     """
     kind    what was computed
-    scores  one per block; the higher, the sooner it gets more bits
+    scores  one per block, or per site; the higher, the sooner it gets more bits
     damage  what rounding each block alone to a width costs, by width; empty where it was not measured
     """
 
@@ -62,7 +63,7 @@ class Importance:
     damage: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     def order(self, *, reverse: bool = False) -> tuple[int, ...]:
-        """Blocks from the most important on (with `reverse`, from the least); equal ones from the first on."""
+        """Numbers from the most important on (with `reverse`, from the least); equal ones from the first on."""
         sign = 1 if reverse else -1
         return tuple(sorted(range(len(self.scores)), key=lambda i: (sign * self.scores[i], i)))
 
@@ -101,7 +102,7 @@ def rank_blocks(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Importance:
-    """Scores of kind `kind` for every block.
+    """Scores of kind `kind` for every block; those of "fisher" come from choose.py.
 
     text       for the kinds in NEED_TEXT
     formats    to which "error" and "measured" round, the lowest first; the scores are those of the first
@@ -119,8 +120,8 @@ def rank_blocks(
         return Importance(kind, tuple(scores))
     if kind == "zd":
         return Importance(kind, tuple(_zd(model, layer, tell) for layer in range(layers)))
-    if text is None:
-        raise TypeError(f"{kind} needs text")
+    if text is None or kind == "fisher":
+        raise TypeError("fisher is computed in choose.py" if kind == "fisher" else f"{kind} needs text")
     with torch.inference_mode():
         if kind == "lim":
             return Importance(kind, _lim(model, text, tell))

@@ -260,7 +260,8 @@ class QuantizeReport:
         if self.allocation is not None:
             bits = [int(own) for own in self.allocation["bits"]]
             counts = ", ".join(f"{bits.count(own)} of {own} bits" for own in sorted(set(bits)))
-            lines.append(f"blocks: {counts}; {self.allocation['mean_bits']:.3f} bits of code on average")
+            what = "linears" if self.allocation["budget"].get("per_site") else "blocks"
+            lines.append(f"{what}: {counts}; {self.allocation['mean_bits']:.3f} bits of code on average")
         outputs = [s.output_error for s in self.sites if s.output_error is not None]
         if outputs:
             lines.append(f"relative output error on the calibration text: mean {_mean(outputs):.2e}")

@@ -35,13 +35,20 @@ BitsChoices = Annotated[str | None, typer.Option(help="widths a budget may choos
 ImportanceName = Annotated[
     str | None,
     typer.Option(
-        help="what tells which blocks get more bits: lim, zd, measured, error, depth or random; left out: lim"
+        help="what tells which blocks get more bits: lim, zd, measured, error, fisher, depth or random; left out: lim"
     ),
 ]
 ImportanceSamples = Annotated[
     int | None, typer.Option(help="calibration sequences that the importance looks at; left out: 16, or 4 for measured")
 ]
 Reverse = Annotated[bool, typer.Option("--reverse", help="give the least important blocks more bits: for comparison")]
+PerLinear = Annotated[
+    bool,
+    typer.Option(
+        "--per-linear",
+        help="a width for q, k and v, one for o, one for gate and up, one for down, instead of one for the block",
+    ),
+]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="a plan: formats by layer, as JSON", metavar="FILE")]
 SavePlan = Annotated[Path | None, typer.Option(help="write the plan that was used", metavar="FILE")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace DIR if it exists")]
@@ -56,6 +63,7 @@ def budget_settings(
     importance: str | None,
     importance_samples: int | None,
     reverse: bool,
+    per_linear: bool,
 ) -> dict[str, Any] | None:
     """Fields of the budget that the options describe, or None for none.
 
@@ -70,12 +78,15 @@ def budget_settings(
         "--importance": importance,
         "--importance-samples": importance_samples,
         "--reverse": reverse or None,
+        "--per-linear": per_linear or None,
     }
     lonely = [name for name, value in details.items() if value is not None]
     if bits_budget is None and target_size is None:
         if lonely:
             raise ConfigError(f"{', '.join(lonely)} goes with --bits-budget or --target-size; give one of them")
         return None
+    if per_linear and importance is None:
+        importance = "fisher"
     settings = {
         "mean_bits": bits_budget,
         "total_bytes": None if target_size is None else parse_bytes(target_size),
@@ -83,6 +94,7 @@ def budget_settings(
         "importance": importance,
         "samples": importance_samples,
         "reverse": reverse,
+        "per_site": per_linear,
     }
     return {name: value for name, value in settings.items() if value is not None}
 

@@ -107,6 +107,7 @@ def test_a_budget_says_what_is_wrong_with_it() -> None:
         {"mean_bits": float("nan")},
         {"mean_bits": 3.0, "importance": "magic"},
         {"mean_bits": 3.0, "samples": 0},
+        {"mean_bits": 3.0, "per_site": True, "importance": "lim"},
     ):
         with pytest.raises(ConfigError):
             Budget(**wrong)  # type: ignore[arg-type]
@@ -114,12 +115,29 @@ def test_a_budget_says_what_is_wrong_with_it() -> None:
 
 def test_an_allocation_becomes_a_plan_and_comes_back_from_a_report() -> None:
     importance = Importance("measured", (1.0, 3.0, 2.0), {2: (1.0, 3.0, 2.0)})
-    allocation = Allocation(Budget(mean_bits=3.0, choices=(4, 2), importance="measured"), importance, (2, 4, 4), 10 / 3)
+    budget, names = Budget(mean_bits=3.0, choices=(4, 2), importance="measured"), tuple(f"layers.{i}" for i in range(3))
+    allocation = Allocation(budget, importance, (2, 4, 4), 10 / 3, names)
     blocks = [LinearSite(f"layers.{i}.o", (Part(f"m{i}", 64),), 64, 64, "x", bias=False) for i in range(3)]
     plan = allocation.plan(32)
     assert [found.bits for found in plan.resolve(blocks).values()] == [2, 4, 4]
     assert {found.group_size for found in plan.resolve(blocks).values()} == {32}
     assert Plan.from_json(plan.to_json()) == plan
+    assert Allocation.from_dict(json.loads(json.dumps(allocation.to_dict()))) == allocation
+
+
+def test_an_allocation_over_sites_becomes_a_plan() -> None:
+    sites = [
+        LinearSite(f"layers.{i}.{key}", (Part(f"m{i}.{key}", 64),), 64, 64, "x", bias=False)
+        for i in (1, 11)
+        for key in ("o", "down")
+    ]
+    damage = (1.0, 4.0, 2.0, 3.0)
+    budget = Budget(mean_bits=3.0, choices=(2, 4), importance="fisher", per_site=True)
+    names = tuple(site.name for site in sites)
+    allocation = Allocation(budget, Importance("fisher", damage, {2: damage}), (2, 4, 2, 4), 3.0, names)
+    assert {name: found.bits for name, found in allocation.plan(32).resolve(sites).items()} == dict(
+        zip(names, (2, 4, 2, 4), strict=True)
+    )
     assert Allocation.from_dict(json.loads(json.dumps(allocation.to_dict()))) == allocation
 
 

@@ -209,6 +209,50 @@ def test_refusals_come_before_anything_is_written(tiny: Path, text: Path, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+KEYS = ("qkv", "o", "gate_up", "down")
+
+
+@pytest.mark.parametrize("per_site", [False, True])
+def test_gradients_decide_for_blocks_or_for_sites(tiny: Path, text: Path, tmp_path: Path, *, per_site: bool) -> None:
+    budget = Budget(mean_bits=3.1, choices=(2, 3, 4), importance="fisher", per_site=per_site, samples=6)
+    report = quantize(tiny, tmp_path / "out", budget, method="gptq", calibration=text, **TEXT)
+    assert report.allocation is not None
+    names = [f"layers.{i}.{key}" for i in range(3) for key in KEYS] if per_site else [f"layers.{i}" for i in range(3)]
+    assert report.allocation["units"] == names
+    assert 2.6 < report.allocation["mean_bits"] <= 3.1
+    assert all(a > b > 0 for a, b in zip(*report.allocation["damage"].values(), strict=True))
+    assert ("linears: " if per_site else "blocks: ") in report.summary()
+    formats = {site.site: site.format for site in report.sites}
+    for name, bits in zip(names, report.allocation["bits"], strict=True):
+        assert {formats[site] for site in formats if f"{site}.".startswith(f"{name}.")} == {f"int{bits}-g32"}
+
+
+def test_widths_per_site_do_less_damage_at_the_same_bits(tiny: Path, text: Path, tmp_path: Path) -> None:
+    def damage(*, per_site: bool) -> float:
+        budget = Budget(mean_bits=3.0, choices=(2, 4), importance="fisher", per_site=per_site, samples=6)
+        out = tmp_path / str(per_site)
+        allocation = quantize(tiny, out, budget, method="gptq", calibration=text, **TEXT).allocation
+        low = allocation["damage"]["2"]
+        return float(sum(cost for cost, bits in zip(low, allocation["bits"], strict=True) if bits == 2))
+
+    assert damage(per_site=True) < 0.9 * damage(per_site=False)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_a_target_size_is_met_with_widths_per_site(tiny: Path, text: Path, tmp_path: Path, share: float) -> None:
+    def size(name: str) -> int:
+        return sum(path.stat().st_size for path in (tmp_path / name).iterdir() if "report" not in path.name)
+
+    for bits in (2, 8):
+        quantize_checkpoint(str(tiny), tmp_path / str(bits), method="rtn", bits=bits, group_size=32)
+    target = int(size("2") + 30_000 + share * (size("8") - size("2")))
+    budget = Budget(total_bytes=target, importance="fisher", per_site=True, samples=6)
+    report = quantize(tiny, tmp_path / "out", budget, method="gptq", calibration=text, **TEXT)
+    assert report.allocation is not None
+    assert len(set(report.allocation["bits"])) > 1
+    assert target - 60_000 < size("out") <= target
+
+
 PER_LINEAR = (
     Plan.uniform(Format(4, 32))
     .override(r"model\.layers\.(0|2)\..*\.(q|gate)_proj", Format(3, 16))

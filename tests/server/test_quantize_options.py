@@ -20,6 +20,7 @@ NONE: dict[str, Any] = {
     "importance": None,
     "importance_samples": None,
     "reverse": False,
+    "per_linear": False,
 }
 
 
@@ -29,10 +30,13 @@ def test_no_option_no_budget() -> None:
 
 
 def test_options_become_fields_of_the_budget() -> None:
+    plain = {"reverse": False, "per_site": False}
     found = budget_settings(**{**NONE, "target_size": "60MB", "bits_choices": "2,4", "importance": "zd"})
-    assert found == {"total_bytes": 60_000_000, "choices": (2, 4), "importance": "zd", "reverse": False}
+    assert found == {"total_bytes": 60_000_000, "choices": (2, 4), "importance": "zd", **plain}
     found = budget_settings(**{**NONE, "bits_budget": 2.85, "importance_samples": 4, "reverse": True})
-    assert found == {"mean_bits": 2.85, "samples": 4, "reverse": True}
+    assert found == {**plain, "mean_bits": 2.85, "samples": 4, "reverse": True}
+    found = budget_settings(**{**NONE, "bits_budget": 2.5, "per_linear": True})
+    assert found == {**plain, "mean_bits": 2.5, "importance": "fisher", "per_site": True}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +45,7 @@ def test_options_become_fields_of_the_budget() -> None:
         ({"bits_budget": 3.0, "target_size": "60MB"}, "--bits-budget and --target-size exclude each other"),
         ({"bits_budget": 3.0, "plan": Path("p")}, "--plan and --bits-budget exclude each other"),
         ({"importance": "lim", "reverse": True}, "--importance, --reverse goes with --bits-budget or"),
+        ({"per_linear": True}, "--per-linear goes with --bits-budget or"),
         ({"plan": Path("p"), "bits_choices": "2,4"}, "--bits-choices goes with"),
         ({"target_size": "small"}, "not a size"),
         ({"bits_budget": 3.0, "bits_choices": "two"}, "list of whole numbers"),
