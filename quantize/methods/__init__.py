@@ -8,19 +8,23 @@ from typing import Any
 
 from dibit.engine.errors import ConfigError
 from dibit.quantize.block import BlockMethod
+from dibit.quantize.methods.affinequant import AffineQuant
 from dibit.quantize.methods.awq import AWQ
 from dibit.quantize.methods.block_ap import BlockAP
 from dibit.quantize.methods.efficientqat import EfficientQAT
 from dibit.quantize.methods.gptq import GPTQ
 from dibit.quantize.methods.omniquant import OmniQuant
 from dibit.quantize.methods.rtn import RTN
+from dibit.quantize.methods.smoothquant import SmoothQuant
 from dibit.quantize.stats import Method
 
 METHODS: dict[str, type[Method] | type[BlockMethod]] = {
     "rtn": RTN,
     "gptq": GPTQ,
     "awq": AWQ,
+    "smoothquant": SmoothQuant,
     "omniquant": OmniQuant,
+    "affinequant": AffineQuant,
     "block-ap": BlockAP,
     "efficientqat": EfficientQAT,
 }

@@ -1,12 +1,16 @@
 """OmniQuant: learn where to clip each group of weights, and scales that make the weights easier to round.
 
 Shao, Chen, Zhang, Xu, Zhao, Li, Zhang, Gao, Qiao and Luo, "OmniQuant: Omnidirectionally Calibrated Quantization for
-Large Language Models", ICLR 2024; here for weights only. Two parts, trained together block by block:
+Large Language Models", ICLR 2024. Two parts, trained together block by block:
 
     clipping   the range of a group is [σ(l) min w, σ(u) max w], with a logit u and a logit l of its own
     transform  a scale for every input column of a site, its inverse folded into the norm, the rows of v or the rows
                of up in front (fold.py); only pairs for which the block computes the same, so that the result is an
                ordinary checkpoint: v and o share the scales of a kv head
+
+Where activations are rounded too, the block is trained with the inputs of all its linears rounded as the runtime does
+it, and the scales take loud channels of the inputs over into the weights. The paper then also learns scales between q
+and k; here q and k are not rounded after RoPE, and a scale on rows that have scales of their own changes no code.
 
 The transform starts as in the paper, (max |x|)^α / (max |w|)^(1-α), or from no scaling where that loses less on the
 held-out text. Clipping starts from the range of least weight error (rtn.py), which few steps do not reach from the
@@ -21,6 +25,7 @@ The options that matter: `steps`, and with few of them `clip_rate`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,20 +36,21 @@ from torch import Tensor
 
 from dibit.engine.errors import ConfigError
 from dibit.engine.models.decoder import Block, FloatLinear
-from dibit.kernels.formats import Format, QTensor, round_scales
+from dibit.kernels.formats import Format, QTensor, round_scales, zero_fields, zero_points
+from dibit.quantize.activations import rounded_inputs
 from dibit.quantize.block import BlockJob, QuantizedBlock, low_bit_block, rounded_block
 from dibit.quantize.fake_quantize import fake_quantize, straight
 from dibit.quantize.fold import copied, fold, input_width
 from dibit.quantize.methods.rtn import choose_ranges
+from dibit.quantize.methods.smoothquant import magnitudes
+from dibit.quantize.report import TrainingReport
 from dibit.quantize.stats import Need
 from dibit.quantize.trainer import Data, Group, Schedule, TrainingFailure, held_out_loss, prepare, train
+from dibit.quantize.transforms import Transform
 
 # Of the released code; the largest share of a range that clipping may start from.
 FIRST_SHARE = 0.982
 LEAST_SHARE = 0.05
-# Segments looked at for the largest inputs, and the least input or weight that a scale is computed from.
-RANGE_SEGMENTS = 16
-TINY = 1e-5
 # At this many bits the released settings also compare with the float block on the quantized blocks' hidden states.
 OWN_INPUTS_BITS = 2
 
@@ -92,38 +98,69 @@ class OmniQuant:
         return Schedule(self.steps, self.batch, self.held_out, decay="linear")
 
     def quantize_block(self, job: BlockJob) -> QuantizedBlock:
+        task = self.prepare(job)
+        learned = self.start(task)
+        try:
+            report = train(job, learned, self.schedule(), task.data, baseline=task.baseline)
+        except TrainingFailure as failure:
+            return task.failed(failure)
+        return task.result(learned, report)
+
+    def prepare(self, job: BlockJob) -> Task:
         low = min(job.formats[site.name].bits for site in job.sites) <= OWN_INPUTS_BITS
         data = prepare(job, self.schedule(), own_inputs=0.5 if low else 0.0)
         rounded = rounded_block(job, symmetric=self.symmetric, reason="")
-        baseline = held_out_loss(job, low_bit_block(job, rounded.weights), data)
-        learned = self._start(job, data)
-        try:
-            report = train(job, learned, self.schedule(), data, baseline=baseline)
-        except TrainingFailure as failure:
-            return dataclasses.replace(rounded, fallback=str(failure), training=failure.report)
-        if min(loss for _, loss in report.validation) > baseline:
-            reason = "rounding to nearest loses less on the held-out text"
-            return dataclasses.replace(rounded, fallback=reason, training=report)
-        with torch.no_grad():
-            block, weights = learned.quantized()
-        return QuantizedBlock.folded(job, block, weights, training=report)
+        nearest = rounded_inputs(low_bit_block(job, rounded.weights), job.activation_bits)
+        return Task(job, data, rounded, held_out_loss(job, nearest, data))
 
-    def _start(self, job: BlockJob, data: Data) -> Learned:
+    def start(self, task: Task) -> Learned:
+        job, data = task.job, task.data
         keys = ("qkv", "o", "gate_up", "down")[: 4 if self.transform_down else 3] if self.transform else ()
         plain = Learned(self, job, {key: torch.zeros(input_width(job.block.sizes, key)) for key in keys})
         if not keys:
             return plain
-        scaled = Learned(self, job, {key: first_scales(job, data, key, self.alpha).log() for key in keys})
+        scaled = Learned(self, job, {key: magnitudes(job, data, key).scales(self.alpha).log() for key in keys})
         with torch.no_grad():
             losses = [held_out_loss(job, tried.block(), data) for tried in (plain, scaled)]
         return scaled if losses[1] < losses[0] else plain
 
 
-class Learned:
-    """Logits u, l [N, K/G] of every site, and the logarithms of the scales, by site key."""
+@dataclass(frozen=True)
+class Task:
+    """A block to be trained.
 
-    def __init__(self, method: OmniQuant, job: BlockJob, scales: dict[str, Tensor]) -> None:
-        self._method, self._job = method, job
+    rounded   it, rounded to nearest
+    baseline  what that loses on the held-out text
+    """
+
+    job: BlockJob
+    data: Data
+    rounded: QuantizedBlock
+    baseline: float
+
+    def failed(self, failure: TrainingFailure) -> QuantizedBlock:
+        return dataclasses.replace(self.rounded, fallback=str(failure), training=failure.report)
+
+    def result(self, learned: Learned, report: TrainingReport) -> QuantizedBlock:
+        """What was learned, or rounding to nearest where that loses less."""
+        if min(loss for _, loss in report.validation) > self.baseline:
+            reason = "rounding to nearest loses less on the held-out text"
+            return dataclasses.replace(self.rounded, fallback=reason, training=report)
+        with torch.no_grad():
+            block, weights = learned.quantized()
+        return QuantizedBlock.folded(self.job, block, weights, training=report)
+
+
+class Learned:
+    """Logits u, l [N, K/G] of every site, the logarithms of the scales, by site key, and other transforms.
+
+    `with_transforms` gives a copy that has more of them, with scales and logits of its own.
+    """
+
+    def __init__(
+        self, method: OmniQuant, job: BlockJob, scales: dict[str, Tensor], *, transforms: Sequence[Transform] = ()
+    ) -> None:
+        self._method, self._job, self.transforms = method, job, tuple(transforms)
         self.scales = {key: value.requires_grad_() for key, value in scales.items()}
         self.logits: dict[str, tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
@@ -134,9 +171,18 @@ class Learned:
             ).logit()
             self.logits[site.key] = first.clone().requires_grad_(), first.requires_grad_()
 
+    def with_transforms(self, transforms: Sequence[Transform]) -> Learned:
+        other = copy.copy(self)
+        other.transforms = (*self.transforms, *transforms)
+        other.scales = {key: _leaf(value) for key, value in self.scales.items()}
+        other.logits = {key: (_leaf(upper), _leaf(lower)) for key, (upper, lower) in self.logits.items()}
+        return other
+
     def groups(self) -> Sequence[Group]:
         clipping = Group([t for pair in self.logits.values() for t in pair], self._method.clip_rate)
-        return [clipping, Group(list(self.scales.values()), self._method.transform_rate)][: 2 if self.scales else 1]
+        scales = Group(list(self.scales.values()), self._method.transform_rate)
+        others = [group for transform in self.transforms for group in transform.groups()]
+        return [clipping, *([scales] if self.scales else []), *others]
 
     def block(self) -> Block:
         block = self.folded()
@@ -145,13 +191,15 @@ class Learned:
             chosen = self._job.formats[site.name]
             scales, zeros = self._ranges(linear.weight, chosen, site.key)
             block.linears[site.key] = FloatLinear(fake_quantize(linear.weight, scales, zeros, chosen), linear.bias)
-        return block
+        return rounded_inputs(block, self._job.activation_bits)
 
     def folded(self) -> Block:
-        """The float block with its scales folded in; it computes the same."""
+        """The float block with its scales and transforms folded in; it computes the same."""
         block = copied(self._job.block)
         for key, logarithms in self.scales.items():
             fold(block, key, logarithms.exp(), stored=self._job.float_type)
+        for transform in self.transforms:
+            transform.fold(block)
         return block
 
     def quantized(self) -> tuple[Block, dict[str, QTensor]]:
@@ -162,21 +210,22 @@ class Learned:
             w = cast(FloatLinear, block.linears[site.key]).weight
             chosen = self._job.formats[site.name]
             scales, zeros = self._ranges(w, chosen, site.key)
-            weights[site.name] = chosen.encode(w, round_scales(scales), zeros.to(torch.uint8))
+            weights[site.name] = chosen.encode(w, round_scales(scales), zero_fields(zeros, chosen))
         return block, weights
 
     def project(self) -> None:
-        pass
+        for transform in self.transforms:
+            transform.project()
 
     def _first_shares(self, w: Tensor, format: Format) -> Tensor:
-        full, _ = format.ranges(w, symmetric=self._method.symmetric)
+        full, _ = Format(format.bits, format.group_size).ranges(w, symmetric=self._method.symmetric)
         if not self._method.search:
             return torch.full_like(full, FIRST_SHARE)
         best, _ = choose_ranges(w, format, symmetric=self._method.symmetric, search=True)
         return (best / full).clamp(LEAST_SHARE, FIRST_SHARE)
 
     def _ranges(self, w: Tensor, format: Format, key: str) -> tuple[Tensor, Tensor]:
-        """Scales and zeros [N, K/G] of the clipped `w`, whose ranges always include 0."""
+        """Scales and zero points [N, K/G] of the clipped `w`, whose ranges always include 0."""
         upper, lower = self.logits[key]
         grouped = w.view(*upper.shape, -1)
         hi = grouped.amax(dim=2).clamp_min(0) * upper.sigmoid()
@@ -185,26 +234,8 @@ class Learned:
             return torch.maximum(hi, -lo) * (2 / format.qmax), torch.full_like(hi, 1 << (format.bits - 1))
         scales = (hi - lo) / format.qmax
         zeros = -lo / straight(scales, round_scales(scales.detach()))
-        return scales, straight(zeros, torch.round(zeros.detach()).clamp(0, format.qmax))
+        return scales, straight(zeros, zero_points(zero_fields(zeros.detach(), format), format))
 
 
-@torch.no_grad()
-def first_scales(job: BlockJob, data: Data, key: str, alpha: float) -> Tensor:
-    """(max |x|)^alpha / (max |w|)^(1 - alpha) [input_width], around 1; channels that share a scale share the maxima."""
-    sizes = job.block.sizes
-    linear = cast(FloatLinear, job.block.linears[key])
-    probe, largest = copied(job.block), torch.full((linear.weight.shape[1],), TINY)
-
-    def watch(x: Tensor) -> Tensor:
-        largest.copy_(torch.maximum(largest, x.abs().amax(dim=tuple(range(x.dim() - 1)))))
-        return linear(x)
-
-    probe.linears[key] = watch
-    for rows in torch.split(data.training[:RANGE_SEGMENTS], job.batch):
-        probe.dense(data.inputs.rows(rows), job.cos, job.sin)
-    weight = linear.weight.abs().amax(dim=0).clamp_min(TINY)
-    if key == "o":
-        heads = (sizes.kv_heads, -1, sizes.head_dim)
-        largest, weight = (t.view(heads).amax(dim=1).reshape(-1) for t in (largest, weight))
-    scales = largest**alpha / weight ** (1 - alpha)
-    return scales / (scales.max() * scales.min()).sqrt()
+def _leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
