@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from dibit.bench.bandwidth import read_bandwidth
 from dibit.bench.machine import MachineFacts, machine_facts
+from dibit.bench.profile import OpTime, format_profile, profile_step
 from dibit.engine.build import build_core
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.core import EngineCore
@@ -40,6 +41,7 @@ class DecodeResult:
     model_share             part of a decode step that is spent in the runner (the rest is scheduling and text)
     tape_share              part of a decode step that is spent in native code without Python (0 when not replayed)
     bits, group_size        of the blocks' linears; 16 or 32 bits and group 0 for float weights
+    ops                     where the time of a step goes; empty unless asked for
     """
 
     model: str
@@ -61,6 +63,7 @@ class DecodeResult:
     bits: float
     group_size: int
     repeats: int
+    ops: list[OpTime]
     machine: MachineFacts
 
 
@@ -93,6 +96,7 @@ def run_decode(
     gen_len: int = 128,
     batch_sizes: Sequence[int] = (1, 8, 32),
     repeats: int = 3,
+    profile: bool = False,
 ) -> list[DecodeResult]:
     """One result per model and batch size, by model. Several models are held together and take turns within every
     repeat, so that their ratios hold where the machine's speed drifts.
@@ -113,13 +117,25 @@ def run_decode(
         bench.run(1, prompt_len=min(prompt_len, 64), gen_len=min(gen_len, 8), seed=0)
     facts = machine_facts()
     measured: dict[tuple[int, int], list[_Run]] = {}
+    ops: dict[tuple[int, int], list[OpTime]] = {}
     for batch in batch_sizes:
         for repeat in range(repeats):
             for index, bench in enumerate(benches):
                 run = bench.run(batch, prompt_len=prompt_len, gen_len=gen_len, seed=repeat)
                 measured.setdefault((index, batch), []).append(run)
+        if profile:
+            for index, bench in enumerate(benches):
+                ops[index, batch] = bench.profile(batch, prompt_len=prompt_len, gen_len=gen_len)
     return [
-        _result(bench, batch, measured[index, batch], facts, prompt_len=prompt_len, gen_len=gen_len)
+        _result(
+            bench,
+            batch,
+            measured[index, batch],
+            ops.get((index, batch), []),
+            facts,
+            prompt_len=prompt_len,
+            gen_len=gen_len,
+        )
         for index, bench in enumerate(benches)
         for batch in batch_sizes
     ]
@@ -138,11 +154,19 @@ def format_table(results: Sequence[DecodeResult]) -> str:
         for r in results
     ]
     first = results[0]
-    return "\n".join([f"{first.threads} threads, {first.isa}", "", *lines])
+    profiles = [part for r in results if r.ops for part in ("", format_profile(r.ops))]
+    return "\n".join([f"{first.threads} threads, {first.isa}", "", *lines, *profiles])
 
 
 def _result(
-    bench: _Bench, batch: int, runs: Sequence[_Run], facts: MachineFacts, *, prompt_len: int, gen_len: int
+    bench: _Bench,
+    batch: int,
+    runs: Sequence[_Run],
+    ops: list[OpTime],
+    facts: MachineFacts,
+    *,
+    prompt_len: int,
+    gen_len: int,
 ) -> DecodeResult:
     decoder = bench.watch.runner.decoder
     step_s = statistics.median(run.decode_s for run in runs) / gen_len
@@ -168,6 +192,7 @@ def _result(
         bits=32 if decoder.format is None else decoder.format.bits,
         group_size=0 if decoder.format is None else decoder.format.group_size,
         repeats=len(runs),
+        ops=ops,
         machine=facts,
     )
 
@@ -215,6 +240,17 @@ class _Bench:
         """Tokens that a sequence may reach: the first one decodes while the others are still prefilled."""
         steps = -(-batch * prompt_len // max(1, self.core.config.max_batch_tokens - batch)) + batch
         return prompt_len + gen_len + steps + 2
+
+    def profile(self, batch: int, *, prompt_len: int, gen_len: int) -> list[OpTime]:
+        """Times of the ops in the last decode step of another run."""
+        run = self.run(batch, prompt_len=prompt_len, gen_len=gen_len, seed=-1)
+        return profile_step(
+            self.watch.runner,
+            model=self.model,
+            batch=batch,
+            lengths=[chunk.start + 1 for chunk in self.watch.last.chunks],
+            bandwidth_gb_s=run.bandwidth_gb_s,
+        )
 
     def run(self, batch: int, *, prompt_len: int, gen_len: int, seed: int) -> _Run:
         """The bandwidth, then a prefill of `batch` prompts and `gen_len` decode steps."""

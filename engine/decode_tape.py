@@ -87,6 +87,12 @@ class DecodeTapes:
         self.replay_s += time.perf_counter() - started_s
         return captured.decoded
 
+    def tape(self, count: int) -> Tape | None:
+        """The tape for steps of `count` sequences, if one was recorded. Running it again computes the last such step
+        again: every value it changes is made anew from the buffers."""
+        captured = self._captured.get(count)
+        return None if captured is None else captured.tape
+
     def _fill(self, chunks: Sequence[Chunk]) -> None:
         size = self._block_size
         for row, chunk in enumerate(chunks):

@@ -25,6 +25,7 @@ from dibit.engine.request import Request, TokenLogprob
 from dibit.engine.sampler import Highest, prompt_logprobs, sample
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
 from dibit.kernels import native
+from dibit.kernels.tape import Tape
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,10 @@ class ModelRunner:
     def tape_s(self) -> float:
         """Seconds spent in tapes so far."""
         return 0.0 if self._tapes is None else self._tapes.replay_s
+
+    def decode_tape(self, count: int) -> Tape | None:
+        """The tape of steps that decode `count` sequences, once there is one."""
+        return None if self._tapes is None else self._tapes.tape(count)
 
     def execute(self, step: Step) -> StepResult:
         """Compute a step. Faults of single rows are in `failed`; anything else raises."""

@@ -22,7 +22,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,10 +103,13 @@ class _Slot:
 class Tape:
     """Recorded calls, ready to run on any thread, one thread at a time. It keeps its workspace."""
 
-    def __init__(self, words: array.array[int], names: Sequence[str], workspace: Workspace) -> None:
+    def __init__(
+        self, words: array.array[int], names: Sequence[str], arity: Mapping[str, int], workspace: Workspace
+    ) -> None:
         self.workspace = workspace
         self.names = tuple(names)
         self._words = words
+        self._arity = arity
         self._address = words.buffer_info()[0]
         self._index = ctypes.c_int64(0)
         self._index_at = ctypes.byref(self._index)
@@ -121,7 +124,23 @@ class Tape:
 
     def run(self) -> None:
         """Runs every call; NativeError names the first one that is refused, and those after it are not run."""
-        status = self._run(self._address, len(self._words), self._index_at)
+        self._check(self._run(self._address, len(self._words), self._index_at, None))
+
+    def first_arguments(self) -> list[tuple[str, int]]:
+        """Of every call its entry point and its first argument as recorded, an address for all ops there are."""
+        found, at = [], 0
+        for name in self.names:
+            found.append((name, self._words[at + 1]))
+            at += 1 + self._arity[name]
+        return found
+
+    def run_timed(self) -> array.array[int]:
+        """Like run(), and returns the nanoseconds that each call took."""
+        times = array.array("q", bytes(8 * len(self)))
+        self._check(self._run(self._address, len(self._words), self._index_at, times.buffer_info()[0]))
+        return times
+
+    def _check(self, status: int) -> None:
         if status != 0:
             place = self._index.value
             raise native.NativeError(
@@ -138,11 +157,12 @@ class Recording:
         self.thread = threading.get_ident()
         self._words = array.array("Q")
         self._names: list[str] = []
+        self._arity: dict[str, int] = {}
         self._allocating = False
 
     def tape(self) -> Tape | None:
         """The tape, or None if something was done that it does not hold."""
-        return None if self.refusal is not None else Tape(self._words, self._names, self.workspace)
+        return None if self.refusal is not None else Tape(self._words, self._names, self._arity, self.workspace)
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         self._allocating = True
@@ -161,6 +181,7 @@ class Recording:
         self._words.append(op)
         self._words.extend(_word(kind, value) for kind, value in zip(types, args, strict=True))
         self._names.append(name)
+        self._arity[name] = len(args)
 
     def saw_torch(self, name: str) -> None:
         if not self._allocating:
@@ -222,6 +243,6 @@ def _op(name: str, arity: int) -> int:
 @functools.cache
 def _runner() -> Any:
     symbol = native.library().dibit_tape_run
-    symbol.argtypes = [native.POINTER, native.INT, ctypes.POINTER(native.INT)]
+    symbol.argtypes = [native.POINTER, native.INT, ctypes.POINTER(native.INT), native.POINTER]
     symbol.restype = ctypes.c_int
     return symbol

@@ -3,6 +3,7 @@
 //
 // A tape is words of 64 bits: for each call the number of its op, then its arguments, one word each; integers and
 // pointers as they are, floats in the low 32 bits.
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -75,16 +76,23 @@ DIBIT_API int dibit_tape_op(const char* name, int64_t arity) {
 }
 
 // Runs `count` words up to the first call that is refused; then *index is that call's place and its status is returned.
-// -1: the words are no tape.
-DIBIT_API int dibit_tape_run(const uint64_t* words, int64_t count, int64_t* index) {
+// -1: the words are no tape. Unless `nanoseconds` is null, each call's time goes to its place there.
+DIBIT_API int dibit_tape_run(const uint64_t* words, int64_t count, int64_t* index, int64_t* nanoseconds) {
+  using Clock = std::chrono::steady_clock;
   const dibit::PoolSession session;
   *index = 0;
+  Clock::time_point begun = nanoseconds ? Clock::now() : Clock::time_point();
   for (int64_t at = 0; at < count; ++*index) {
     if (words[at] >= static_cast<uint64_t>(dibit::kOpCount)) return -1;
     const dibit::Op& op = dibit::kOps[words[at]];
     if (op.arity >= count - at) return -1;
     if (const int status = op.call(words + at + 1); status != 0) return status;
     at += 1 + op.arity;
+    if (nanoseconds != nullptr) {
+      const Clock::time_point now = Clock::now();
+      nanoseconds[*index] = std::chrono::duration_cast<std::chrono::nanoseconds>(now - begun).count();
+      begun = now;
+    }
   }
   return 0;
 }

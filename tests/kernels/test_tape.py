@@ -242,11 +242,11 @@ def test_outputs_that_live_keep_their_memory_and_others_give_it_back() -> None:
 @pytest.mark.parametrize("words", [[999], [1], [1, 0, 0], [2**64 - 1]], ids=["unknown", "bare", "cut", "huge"])
 def test_words_that_are_no_tape_are_refused(words: list[int], isas: tuple[str, ...]) -> None:
     with pytest.raises(native.NativeError, match="status -1"):
-        Tape(array.array("Q", words), ["broken"], Workspace(1)).run()
+        Tape(array.array("Q", words), ["broken"], {"broken": 0}, Workspace(1)).run()
 
 
 def test_an_empty_tape_runs(isas: tuple[str, ...]) -> None:
-    Tape(array.array("Q"), [], Workspace(1)).run()
+    Tape(array.array("Q"), [], {}, Workspace(1)).run()
 
 
 def test_tapes_and_single_ops_on_several_threads(isas: tuple[str, ...]) -> None:
