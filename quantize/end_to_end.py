@@ -30,6 +30,7 @@ from dibit.quantize.end_to_end_state import Course, HeldOut, State, load_state, 
 from dibit.quantize.end_to_end_teacher import Teacher
 from dibit.quantize.instruction import Examples
 from dibit.quantize.report import duration
+from dibit.quantize.throughput import matmul_share
 from dibit.quantize.trainer import EVALUATIONS, MAX_RESTARTS, MAX_SKIPPED, Order, Schedule
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class EndToEndReport:
     restarts    times the training began anew at half the rates
     notes       what else happened
     seconds, tokens_per_s  of training, evaluations left out
+    matmul_share  of the machine's float32 products per second, what the products of the training come to
     """
 
     settings: EndToEnd
@@ -113,6 +115,7 @@ class EndToEndReport:
     notes: tuple[str, ...]
     seconds: float
     tokens_per_s: float
+    matmul_share: float
 
     @property
     def first(self) -> HeldOut:
@@ -265,6 +268,7 @@ class EndToEndTraining:
                 raise _Diverged(f"{course.skipped_now} steps were not finite")
         course.step += 1
         course.tokens += sums.tokens
+        course.positions += tokens.numel()
         course.training_s += time.monotonic() - started
 
     def _update(self, state: State, course: Course, length: float) -> None:
@@ -321,6 +325,7 @@ def _anew(course: Course) -> Course:
         skipped=course.skipped,
         restarts=course.restarts + 1,
         tokens=course.tokens,
+        positions=course.positions,
         training_s=course.training_s,
     )
 
@@ -333,7 +338,7 @@ def report(
     out: str,
     teacher: str | None,
     examples: Examples,
-    trained: int,
+    model: LowBitModel,
 ) -> EndToEndReport:
     return EndToEndReport(
         settings=settings,
@@ -341,7 +346,7 @@ def report(
         out=out,
         teacher=teacher,
         data=dict(examples.facts),
-        trained=trained,
+        trained=model.values.numel(),
         tokens=course.tokens,
         losses=tuple(course.losses),
         held_out=tuple(course.held_out),
@@ -351,4 +356,10 @@ def report(
         notes=tuple(course.notes),
         seconds=course.training_s,
         tokens_per_s=course.tokens / course.training_s if course.training_s else 0.0,
+        matmul_share=matmul_share(_operations(course, model, taught=teacher is not None), course.training_s),
     )
+
+
+def _operations(course: Course, model: LowBitModel, *, taught: bool) -> float:
+    """In matrix products: blocks forward twice and back, the head forward and back, the teacher's forward."""
+    return 8.0 * model.weights * course.positions + (6.0 if taught else 4.0) * model.head.numel() * course.tokens

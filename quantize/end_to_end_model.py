@@ -149,6 +149,13 @@ class LowBitModel:
         self.grad = torch.zeros_like(self.values)
 
     @property
+    def weights(self) -> int:
+        """How many weights the linears of the blocks have."""
+        return sum(
+            site.n * site.k for layer in range(self.sizes.layers) for site in sites(self.arch, self.sizes, layer)
+        )
+
+    @property
     def slots(self) -> Sequence[Slot]:
         return self._slots
 

@@ -45,6 +45,7 @@ class Course:
 
     step       steps made in this attempt, those skipped included
     pending    losses since the last entry of `losses`
+    tokens, positions  tokens that counted, and all that went through the model
     skipped, skipped_now  steps whose loss or gradient was not finite, in all attempts and in this one
     """
 
@@ -59,6 +60,7 @@ class Course:
     restarts: int = 0
     updates: int = 0
     tokens: int = 0
+    positions: int = 0
     training_s: float = 0.0
 
     @classmethod

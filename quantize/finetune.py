@@ -142,7 +142,7 @@ def train_end_to_end(
             out=str(out),
             teacher=float_model,
             examples=examples,
-            trained=model.values.numel(),
+            model=model,
         )
         _add(writer, source, model, arch, sizes)
         _describe(writer.directory, source, found, describe)

@@ -114,6 +114,7 @@ class TrainingReport:
     notes       what else happened
     seconds     time it took
     tokens_per_s  tokens trained on per second, evaluations left out
+    matmul_share  of the machine's float32 products per second, what the products of the training come to
     """
 
     steps: int
@@ -126,6 +127,7 @@ class TrainingReport:
     notes: tuple[str, ...]
     seconds: float
     tokens_per_s: float
+    matmul_share: float = 0.0
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingReport:

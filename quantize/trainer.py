@@ -28,6 +28,7 @@ from dibit.engine.models.decoder import Block
 from dibit.quantize.block import BlockJob
 from dibit.quantize.report import TrainingReport, duration
 from dibit.quantize.streams import HiddenStates
+from dibit.quantize.throughput import matmul_share
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def train(
     while True:
         try:
             _attempt(job, parametrization, schedule, data, course, rate=0.5**course.restarts)
-            return _report(course, baseline, begun)
+            return _report(job, course, baseline, begun)
         except _Diverged as stop:
             _restore(parameters, start)
             again = course.restarts < MAX_RESTARTS
@@ -189,7 +190,7 @@ def train(
             logger.warning("layers.%d: %s; its training %s", job.layer, stop, what)
             course.notes.append(f"{stop}; {what}")
             if not again:
-                raise TrainingFailure(f"training failed: {stop}", _report(course, baseline, begun)) from stop
+                raise TrainingFailure(f"training failed: {stop}", _report(job, course, baseline, begun)) from stop
             course.restarts += 1
             course.losses.clear()
             course.validation.clear()
@@ -201,7 +202,9 @@ def _attempt(
     groups = parametrization.groups()
     parameters = [p for group in groups for p in group.parameters]
     optimizer = torch.optim.AdamW(
-        [{"params": list(group.parameters), "lr": group.rate * rate} for group in groups], weight_decay=0.0
+        [{"params": list(group.parameters), "lr": group.rate * rate} for group in groups],
+        weight_decay=0.0,
+        fused=True,
     )
     rates = [group["lr"] for group in optimizer.param_groups]
     best = held_out_loss(job, _evaluated(parametrization), data)
@@ -290,7 +293,7 @@ def _restore(parameters: Sequence[Tensor], state: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _report(course: _Course, baseline: float, begun: float) -> TrainingReport:
+def _report(job: BlockJob, course: _Course, baseline: float, begun: float) -> TrainingReport:
     return TrainingReport(
         steps=course.validation[-1][0] if course.validation else 0,
         losses=tuple(course.losses),
@@ -302,4 +305,6 @@ def _report(course: _Course, baseline: float, begun: float) -> TrainingReport:
         notes=tuple(course.notes),
         seconds=time.monotonic() - begun,
         tokens_per_s=course.tokens / course.training_s if course.training_s else 0.0,
+        # A product forward and two back, two operations for each weight.
+        matmul_share=matmul_share(6.0 * sum(s.n * s.k for s in job.sites) * course.tokens, course.training_s),
     )

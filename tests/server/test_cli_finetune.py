@@ -66,7 +66,7 @@ def test_every_option_reaches_the_training(
         rest.pop("progress")(1, 2, "note")
         asked.update(rest, checkpoint=checkpoint, out=out, settings=settings)
         points = tuple(HeldOut(step, 2.0, None, 2.0, None) for step in (0, 7))
-        return EndToEndReport(settings, "m", "o", None, {}, 5, 6, (), points, 7, 0, 0, (), 1.0, 6.0)
+        return EndToEndReport(settings, "m", "o", None, {}, 5, 6, (), points, 7, 0, 0, (), 1.0, 6.0, 0.5)
 
     monkeypatch.setattr(training, "train_end_to_end", train)
     options = "--objective ce --steps 7 --batch 2 --samples 9 --sequence-length 33 --seed 4 --teacher t --revision r"
