@@ -10,7 +10,7 @@ from typing import Literal
 from dibit.engine.errors import ConfigError, RequestError
 
 Device = Literal["auto", "cpu", "cuda"]
-BackendName = Literal["auto", "cpu", "reference"]
+BackendName = Literal["auto", "cpu", "triton", "reference"]
 GPTQZero = Literal["auto", "v1", "v2"]
 KVType = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -22,7 +22,7 @@ MAX_STOP_STRINGS = 16
 class EngineConfig:
     """How a model is held and served.
 
-    device            where the model runs
+    device            where the model runs ("auto": an NVIDIA GPU where the triton kernels run on one, else the CPU)
     backend           body of every op: "auto" takes the fastest that fits, a named one is used or refused
     max_model_len     longest sequence, prompt and output together (None: the model's own limit, or what fits)
     max_num_seqs      sequences in one step
@@ -76,7 +76,7 @@ class EngineConfig:
             raise ConfigError(f"head_bits is {self.head_bits}; supported: 8, 16")
         for name, allowed in (
             ("device", ("auto", "cpu", "cuda")),
-            ("backend", ("auto", "cpu", "reference")),
+            ("backend", ("auto", "cpu", "triton", "reference")),
             ("gptq_zero", ("auto", "v1", "v2")),
             ("kv_type", ("auto", "float32", "float16", "bfloat16")),
         ):

@@ -12,6 +12,7 @@ import torch
 
 from dibit.kernels import dispatch, native
 from dibit.kernels.formats import BITS, GROUP_SIZES, Format
+from dibit.kernels.triton import availability
 
 REPORTED_PACKAGES = ("dibit", "torch", "transformers", "safetensors", "gguf", "fastapi", "uvicorn")
 
@@ -43,6 +44,7 @@ class Examination:
     memory_bytes: int
     free_bytes: int
     gpus: tuple[str, ...]
+    gpu_kernels: str
     ops: tuple[OpChoice, ...]
     widths: tuple[WidthChoice, ...]
     loads: tuple[str, ...]
@@ -54,7 +56,7 @@ class Examination:
             "packages  " + ", ".join(f"{name} {found}" for name, found in self.packages.items()),
             f"cpu       {self.cpu}, {self.cores} usable cores, kernels: {self.isa}",
             f"memory    {self.free_bytes / 2**30:.1f} GiB free of {self.memory_bytes / 2**30:.1f} GiB",
-            f"gpu       {', '.join(self.gpus) or 'none'}",
+            f"gpu       {', '.join(self.gpus) or 'none'}; kernels (triton): {self.gpu_kernels}",
             "",
             "op               backend    passed over",
             *(f"{op.op:<16} {op.backend:<10} {'; '.join(op.refused) or '-'}" for op in self.ops),
@@ -81,7 +83,7 @@ def examine() -> Examination:
         advice.append(f"the slow reference path serves: {reason}")
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     if gpus:
-        advice.append("dibit has no GPU kernels yet; models run on the CPU")
+        advice.append("the GPU kernels have been proven in an interpreter only; `make gpu` tries and times them here")
     memory = psutil.virtual_memory()
     return Examination(
         python=platform.python_version(),
@@ -92,6 +94,7 @@ def examine() -> Examination:
         memory_bytes=memory.total,
         free_bytes=memory.available,
         gpus=gpus,
+        gpu_kernels=availability.unavailable() or "ready",
         ops=tuple(
             OpChoice(r.op, r.backend, tuple(f"{name}: {why}" for name, why in r.refusals))
             for r in dispatch.report("cpu")

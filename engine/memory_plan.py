@@ -21,6 +21,7 @@ from dibit.engine.models.spec import Arch, LinearSite, Sizes, sites
 from dibit.engine.models.weights import Weights
 from dibit.kernels.dispatch import NoKernel, resolve
 from dibit.kernels.formats import Format
+from dibit.kernels.triton.layout import nbytes as triton_bytes
 
 LOGIT_BYTES = 64 << 20
 """Most that the logits of one pass through the head may take; more rows go in slices."""
@@ -247,6 +248,8 @@ def packed_bytes(n: int, k: int, format: Format, *, config: EngineConfig) -> int
     if backend == "cpu":
         rows = -(-n // PANEL_ROWS) * PANEL_ROWS
         return rows * (-(-k * format.bits // 8) + 3 * groups)
+    if backend == "triton":
+        return triton_bytes(format, n, k)
     return n * (k + 3 * groups)
 
 

@@ -8,15 +8,15 @@ table that accepts; an explicit backend is used or refused, never replaced. Ever
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
 
 from dibit.kernels.formats import BITS, ZERO_GRIDS, Format, ZeroGrid
 from dibit.kernels.qlinear import ACTIVATION_BITS
 
-Backend = Literal["auto", "cpu", "reference"]
-BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "reference")
+Backend = Literal["auto", "cpu", "triton", "reference"]
+BACKENDS: tuple[Backend, ...] = ("auto", "cpu", "triton", "reference")
 
 
 class NoKernel(RuntimeError):
@@ -95,29 +95,75 @@ def _cpu(target: str, pack: str | None = None) -> Impl:
     )
 
 
+def _triton(target: str, pack: str | None = None) -> Impl:
+    return Impl(
+        "triton",
+        f"dibit.kernels.{target}",
+        pack=pack,
+        devices=frozenset({"cuda"}),
+        zero_grids=_ALL_GRIDS,
+        available="dibit.kernels.triton.availability:unavailable",
+    )
+
+
+def _interpreted(impl: Impl) -> Impl:
+    """The same body on the CPU, for whoever asks for it by name: it stands behind the reference, which accepts all."""
+    return replace(impl, devices=_CPU_ONLY, available="dibit.kernels.triton.availability:interpreter_unavailable")
+
+
 _PACK_CPU = "dibit.kernels.qlinear_cpu:pack"
 _PACK_REFERENCE = "dibit.kernels.qlinear:pack"
+_PACK_TRITON = "dibit.kernels.triton.layout:pack"
 
-IMPLS: dict[str, tuple[Impl, ...]] = {
+_BODIES: dict[str, tuple[Impl, Impl, Impl]] = {
     "qlinear": (
         _cpu("qlinear_cpu:qlinear", _PACK_CPU),
+        _triton("triton.qlinear:qlinear", _PACK_TRITON),
         _reference("qlinear:qlinear_reference", _PACK_REFERENCE),
     ),
     "embedding": (
         _cpu("embedding_cpu:embedding", _PACK_CPU),
+        _triton("triton.small:embedding", _PACK_TRITON),
         _reference("embedding:embedding_reference", _PACK_REFERENCE),
     ),
-    "rms_norm": (_cpu("norm_cpu:rms_norm"), _reference("norm:rms_norm_reference")),
-    "add_rms_norm": (_cpu("norm_cpu:add_rms_norm"), _reference("norm:add_rms_norm_reference")),
-    "rope_kv_write": (_cpu("rope_cpu:rope_kv_write"), _reference("rope:rope_kv_write_reference")),
+    "rms_norm": (
+        _cpu("norm_cpu:rms_norm"),
+        _triton("triton.small:rms_norm"),
+        _reference("norm:rms_norm_reference"),
+    ),
+    "add_rms_norm": (
+        _cpu("norm_cpu:add_rms_norm"),
+        _triton("triton.small:add_rms_norm"),
+        _reference("norm:add_rms_norm_reference"),
+    ),
+    "rope_kv_write": (
+        _cpu("rope_cpu:rope_kv_write"),
+        _triton("triton.small:rope_kv_write"),
+        _reference("rope:rope_kv_write_reference"),
+    ),
     "paged_attention": (
         _cpu("attention_cpu:paged_attention"),
+        _triton("triton.attention:paged_attention"),
         _reference("attention:paged_attention_reference"),
     ),
-    "silu_mul": (_cpu("activation_cpu:silu_mul"), _reference("activation:silu_mul_reference")),
-    "concat": (_cpu("concat_cpu:concat"), _reference("concat:concat_reference")),
-    "argmax": (_cpu("argmax_cpu:argmax"), _reference("argmax:argmax_reference")),
+    "silu_mul": (
+        _cpu("activation_cpu:silu_mul"),
+        _triton("triton.small:silu_mul"),
+        _reference("activation:silu_mul_reference"),
+    ),
+    "concat": (
+        _cpu("concat_cpu:concat"),
+        _triton("concat:concat_reference"),
+        _reference("concat:concat_reference"),
+    ),
+    "argmax": (
+        _cpu("argmax_cpu:argmax"),
+        _triton("triton.small:argmax"),
+        _reference("argmax:argmax_reference"),
+    ),
 }
+
+IMPLS: dict[str, tuple[Impl, ...]] = {op: (*bodies, _interpreted(bodies[1])) for op, bodies in _BODIES.items()}
 
 
 def resolve(

@@ -10,6 +10,7 @@ import torch
 from dibit.kernels import dispatch, native
 from dibit.kernels.dispatch import IMPLS, Backend, Impl, NoKernel, report, resolve
 from dibit.kernels.formats import Format, QTensor
+from dibit.kernels.triton import availability
 
 W4 = Format(bits=4, group_size=32)
 
@@ -32,8 +33,29 @@ def test_auto_takes_the_cpu_backend_on_a_cpu() -> None:
 def test_auto_falls_back_and_says_why(without_native: None) -> None:
     chosen = resolve("qlinear", device="cpu", format=W4)
     assert chosen.backend == "reference"
-    assert chosen.refusals == (("cpu", "is broken for this test"),)
-    assert resolve("qlinear", device="cuda", format=W4).refusals == (("cpu", "runs on cpu, not on cuda"),)
+    assert chosen.refusals == (("cpu", "is broken for this test"), ("triton", "runs on cuda, not on cpu"))
+
+
+def test_auto_takes_the_gpu_kernels_where_they_run_and_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(availability, "unavailable", broken)
+    chosen = resolve("qlinear", device="cuda", format=W4)
+    assert chosen.backend == "reference"
+    assert chosen.refusals == (("cpu", "runs on cpu, not on cuda"), ("triton", "is broken for this test"))
+    with pytest.raises(NoKernel, match="triton is broken for this test"):
+        resolve("qlinear", device="cuda", backend="triton", format=W4)
+    monkeypatch.setattr(availability, "unavailable", lambda: None)
+    for bodies in IMPLS.values():
+        on_gpu = next(impl for impl in bodies if impl.refusal("cuda", W4) is None)
+        assert on_gpu.backend == "triton"
+
+
+def test_the_interpreter_is_asked_for_by_name_and_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NoKernel, match="TRITON_INTERPRET=1 tries it"):
+        resolve("rms_norm", device="cpu", backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(native, "unavailable", broken)
+    assert resolve("rms_norm", device="cpu").backend == "reference"
 
 
 def test_an_explicit_backend_never_falls_back(without_native: None) -> None:

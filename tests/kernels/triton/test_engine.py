@@ -1,0 +1,98 @@
+"""The engine on the Triton backend, in the interpreter: chunks and decoding of a whole model, and of the demo's first
+two blocks, against the reference backend.
+
+Bound: activations are rounded to float16 before every product and keys before every score, a relative error of 2^-11
+each that a sum over hundreds of columns averages; 4e-3 of the largest value leaves room for it to grow along two
+blocks and none for a wrong term, which changes the whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import MemoryWeights, Paged, hf_model, quantized, token_ids, weights_of
+from torch import Tensor
+
+from dibit.engine.config import EngineConfig
+from dibit.engine.loader import load_decoder
+from dibit.engine.memory_plan import plan_memory
+from dibit.engine.models import resolve_arch
+from dibit.engine.models.spec import norm_names, sites
+from dibit.kernels.formats import PER_CHANNEL, Format
+
+BOUND = 4e-3
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    error = float((found - expected).abs().max() / expected.abs().max())
+    assert error <= BOUND, f"relative error {error:.2g}, at most {BOUND:.2g} allowed"
+
+
+def paged(weights: MemoryWeights, backend: Any, **settings: Any) -> Paged:
+    config = EngineConfig(backend=backend, device="cpu", **settings)
+    return Paged(load_decoder(weights, config=config), dtype=torch.float16)
+
+
+def test_prefill_chunks_and_decoding() -> None:
+    weights = quantized(weights_of(hf_model(tie_word_embeddings=True, attention_bias=True)), Format(4, 16))
+    ids = token_ids(6)
+    found = []
+    for backend in ("triton", "reference"):
+        model = paged(weights, backend)
+        first, second = model.request(ids), model.request(ids[:2])
+        found.append(
+            torch.cat(
+                [
+                    model.logits((first, 0, 3), (second, 0, 1)),
+                    model.logits((first, 3, 4), (second, 1, 2)),
+                    model.logits((first, 4, 6)),
+                ]
+            )
+        )
+    assert_close(*found)
+
+
+def test_planned_weights_are_those_of_the_load() -> None:
+    wide = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    weights = quantized(weights_of(hf_model(tie_word_embeddings=True, **wide)), Format(4, 16))
+    config = EngineConfig(backend="triton", device="cpu")
+    held = load_decoder(weights, config=config).nbytes
+    assert plan_memory(weights, config=config).weight_bytes == pytest.approx(held, rel=0.001)
+
+
+@pytest.mark.demo
+def test_the_first_two_blocks_of_the_demo_model() -> None:
+    """Without its 49 152 embedding rows: the interpreter would take minutes for the head alone."""
+    weights = first_blocks(2)
+    ids = torch.randint(0, VOCAB_KEPT, (3,)).tolist()
+    found = []
+    for backend in ("triton", "reference"):
+        model = paged(weights, backend)
+        request = model.request(ids)
+        found.append(torch.cat([model.logits((request, 0, 2)), model.logits((request, 2, 3))]))
+    assert_close(*found)
+
+
+VOCAB_KEPT = 256
+
+
+def first_blocks(layers: int) -> MemoryWeights:
+    """The demo model's first blocks at 4 bits, its final norm and the first rows of its tied embedding."""
+    from dibit.engine.checkpoint import open_checkpoint, resolve_model
+
+    checkpoint = open_checkpoint(resolve_model("demo"))
+    try:
+        config = {**checkpoint.config, "num_hidden_layers": layers, "vocab_size": VOCAB_KEPT}
+        arch, sizes = resolve_arch(config)
+        names = [f"{arch.final_norm}.weight"]
+        for layer in range(layers):
+            names += norm_names(arch, layer)
+            names += [f"{part.module}.weight" for site in sites(arch, sizes, layer) for part in site.parts]
+        tensors = {name: checkpoint.tensor(name).float() for name in names}
+        embedding = f"{arch.embedding}.weight"
+        tensors[embedding] = checkpoint.tensor(embedding)[:VOCAB_KEPT].float()
+        return quantized(MemoryWeights(config, tensors), Format(4, PER_CHANNEL))
+    finally:
+        checkpoint.close()
