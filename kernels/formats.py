@@ -27,6 +27,7 @@ bit first, cut into 32-bit words:
 from __future__ import annotations
 
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +80,12 @@ class Format:
     def name(self) -> str:
         group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         return f"int{self.bits}-{group}{'-fractional' if self.zero_grid == 'fractional' else ''}"
+
+    @property
+    def zero_range(self) -> tuple[float, float]:
+        """The least and the largest z."""
+        first, step = self.zero_line
+        return first, first + step * self.qmax
 
     @property
     def zero_line(self) -> tuple[float, float]:
@@ -265,8 +272,13 @@ def unpack_stream(words: Tensor, bits: int) -> Tensor:
     period_codes, period_words = _period(bits)
     if words.shape[-1] % period_words:
         raise FormatError(f"{words.shape[-1]} words do not hold a whole number of {bits}-bit codes")
-    cells = words.reshape(*words.shape[:-1], words.shape[-1] // period_words, period_words)
     mask = (1 << bits) - 1
+    if 8 % bits == 0 and sys.byteorder == "little":
+        # Whole codes in every byte, the bytes in the order of the stream: one pass over bytes.
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        fields = words.contiguous().view(torch.uint8)[..., None] >> shifts
+        return fields.bitwise_and_(mask).reshape(*words.shape[:-1], words.shape[-1] * 32 // bits)
+    cells = words.reshape(*words.shape[:-1], words.shape[-1] // period_words, period_words)
     codes = torch.empty(*cells.shape[:-1], period_codes, dtype=torch.uint8, device=words.device)
     for i in range(period_codes):
         word, shift = divmod(i * bits, 32)

@@ -27,6 +27,7 @@ from dibit.engine.errors import CheckpointError
 from dibit.engine.models.decoder import Block, FloatLinear
 from dibit.engine.models.spec import LinearSite, Part
 from dibit.kernels.formats import Format, QTensor, dequantize
+from dibit.quantize.activations import rounded_inputs
 from dibit.quantize.collect import collect
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.plan import part_formats
@@ -268,7 +269,8 @@ def _statistics(job: BlockJob, site: LinearSite, floats: Block, needs: frozenset
         return (Stats(),)
     both = (floats, job.float_stream) if "cross" in needs and job.float_stream is not None else None
     weights = job.token_weights if "token_weights" in needs else None
-    return collect(site, job.block, job.quantized, job.cos, job.sin, batch=job.batch, floats=both, weights=weights)
+    low = rounded_inputs(job.block, job.activation_bits)
+    return collect(site, low, job.quantized, job.cos, job.sin, batch=job.batch, floats=both, weights=weights)
 
 
 def quantize_site(

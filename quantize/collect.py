@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dibit.engine.models.decoder import Block, Linear
 from dibit.engine.models.spec import LinearSite
+from dibit.quantize.activations import RoundedInput
 from dibit.quantize.stats import HessianSum, Stats
 from dibit.quantize.streams import HiddenStates
 
@@ -26,8 +27,10 @@ def inputs(
     """(first segment, inputs [<= batch, T, K] of the linear `key`) over the whole stream."""
     linear = block.linears[key]
     tap = _Tap()
+    # Of a linear that rounds its input, what is left after that.
+    taken = RoundedInput(cast(Linear, tap), linear.bits) if isinstance(linear, RoundedInput) else cast(Linear, tap)
     for start, x in stream.batches(batch):
-        block.linears[key] = cast(Linear, tap)
+        block.linears[key] = taken
         try:
             with suppress(_Reached):
                 block.dense(x, cos, sin)

@@ -1,8 +1,8 @@
 """Quantizing and dequantizing a weight in one differentiable step.
 
 The value is exactly that of `dequantize(format.encode(w, scales, zeros))` with scales rounded to their type on disk,
-so what is trained is what is written. With q = round(w / s) + z, cut off to [0, qmax], and out = (q - z) s, the
-gradient takes rounding for the identity (straight-through) and the cutting for what it is:
+so what is trained is what is written. With q = round(w / s + z), cut off to [0, qmax], and out = (q - z) s, the
+gradient takes rounding for the identity (straight-through) and the cutting for what it is, on either zero grid:
 
     inside the range    ∂out/∂w = 1    ∂out/∂s = (q - z) - w / s    ∂out/∂z = 0
     cut off             ∂out/∂w = 0    ∂out/∂s = q - z              ∂out/∂z = -s
@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dibit.kernels.formats import Format, round_scales
+from dibit.kernels.formats import Format, round_scales, zero_fields, zero_points
 
 
 def fake_quantize(w: Tensor, scales: Tensor, zeros: Tensor, format: Format) -> Tensor:
-    """w [N, K] as `format` gives it back under `scales` and `zeros` [N, K/G] float: float32 [N, K].
+    """w [N, K] as `format` gives it back under `scales` and zero points `zeros` [N, K/G] float: float32 [N, K].
 
-    Scales are rounded as a checkpoint stores them, zeros to integers in [0, qmax]; gradients pass both unchanged.
+    Scales are rounded as a checkpoint stores them, zero points to the nearest value of the format's grid; gradients
+    pass both unchanged.
     """
-    found: Tensor = _FakeQuantize.apply(w, scales, zeros, format.qmax)  # type: ignore[no-untyped-call]
+    found: Tensor = _FakeQuantize.apply(w, scales, zeros, format)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -38,12 +39,16 @@ def straight(x: Tensor, value: Tensor) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, scales: Tensor, zeros: Tensor, qmax: int) -> Tensor:
+    def forward(ctx: Any, w: Tensor, scales: Tensor, zeros: Tensor, format: Format) -> Tensor:
         s = round_scales(scales)[..., None]
-        z = torch.round(zeros).clamp_(0, qmax)[..., None]
         ratio = w.view(*scales.shape, -1) / s
-        wanted = torch.round(ratio).add_(z)
-        levels = wanted.clamp(0, qmax)
+        if format.zero_grid == "fractional":
+            z = zero_points(zero_fields(zeros, format), format)[..., None]
+            wanted = torch.add(ratio, z).round_()
+        else:
+            z = torch.round(zeros).clamp_(0, format.qmax)[..., None]
+            wanted = torch.round(ratio).add_(z)
+        levels = wanted.clamp(0, format.qmax)
         inside = levels == wanted
         levels.sub_(z)
         out = torch.mul(levels, s, out=wanted).view(w.shape)

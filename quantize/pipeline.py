@@ -25,13 +25,15 @@ from typing import Any, cast
 import torch
 
 from dibit.engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, resolve_model
+from dibit.engine.checkpoint.dispatch import export_for
 from dibit.engine.checkpoint.writer import check_out, partial_directory
 from dibit.engine.errors import CheckpointError, ConfigError
 from dibit.engine.models import resolve_arch
 from dibit.engine.models.spec import LinearSite, Sizes, sites
 from dibit.engine.models.weights import check_names
 from dibit.engine.tokenizer import load_tokenizer
-from dibit.kernels.formats import Format, FormatError
+from dibit.kernels.formats import FRACTIONAL_BITS, ZERO_GRIDS, Format, FormatError, ZeroGrid
+from dibit.kernels.qlinear import ACTIVATION_BITS
 from dibit.quantize.block import BlockMethod
 from dibit.quantize.budget import Allocation, Budget
 from dibit.quantize.calibration import Calibration, Segments, load_segments
@@ -62,6 +64,8 @@ def quantize_checkpoint(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool = False,
+    zero_grid: ZeroGrid = "integer",
+    activation_bits: int | None = None,
     calibration: Path | None = None,
     samples: int = 128,
     sequence_length: int = 512,
@@ -82,6 +86,10 @@ def quantize_checkpoint(
                  importance make a plan
     save_plan    file for the plan, written as soon as it is known
     symmetric    zero points in the middle of the code range
+    zero_grid    "fractional": the linears of 2 and 3 bits get zero points that are fractions (kernels/formats.py), in
+                 a checkpoint that only dibit reads
+    activation_bits  4, 6 or 8: the served model rounds the inputs of its quantized linears too, a token at a time, and
+                 methods that see text take that into account; None: weights only
     calibration  plain UTF-8 text of which `samples` pieces of `sequence_length` tokens are drawn; needed by every
                  method but rtn, and by some kinds of importance
     progress     called with (finished blocks, blocks, note)
@@ -94,6 +102,11 @@ def quantize_checkpoint(
     if symmetric and not chosen.symmetric:
         chosen = dataclasses.replace(chosen, symmetric=True)  # type: ignore[type-var]
     wanted = _wanted(plan, bits, group_size)
+    _check_grid(zero_grid, symmetric=chosen.symmetric)
+    if activation_bits is not None and activation_bits not in ACTIVATION_BITS:
+        raise ConfigError(
+            f"activations of {activation_bits} bits; supported: {', '.join(map(str, ACTIVATION_BITS))}, or none at all"
+        )
     looks = isinstance(plan, Budget) and plan.importance in NEED_TEXT
     if calibration is None and (chosen.needs or looks):
         what = f"method {_name(chosen)}" if chosen.needs else f"importance {cast(Budget, plan).importance}"
@@ -108,6 +121,8 @@ def quantize_checkpoint(
             "model": [model, revision],
             "bits": bits,
             "group_size": group_size,
+            "zero_grid": zero_grid,
+            "activation_bits": activation_bits,
             "plan": None if plan is None else dataclasses.asdict(plan),
             "calibration": [calibration.absolute(), samples, sequence_length, seed],
         }
@@ -116,6 +131,8 @@ def quantize_checkpoint(
             model,
             bits=bits,
             group_size=group_size,
+            zero_grid=zero_grid,
+            activation_bits=activation_bits,
             calibration=calibration,
             samples=samples,
             sequence_length=sequence_length,
@@ -154,12 +171,15 @@ def quantize_checkpoint(
             streams=streams or StreamConfig(),
             out=Path(out),
             progress=progress,
+            zero_grid=zero_grid,
+            activation_bits=activation_bits,
         )
         if save_plan is not None:
             _save(task.plan, save_plan)
         settings = _settings(task, text)
         clock.end("input" if task.allocation is None else "input and importance")
-        with closing(CheckpointWriter(Path(out), checkpoint, overwrite=overwrite)) as writer:
+        export = export_for(task.formats.values())
+        with closing(CheckpointWriter(Path(out), checkpoint, export=export, overwrite=overwrite)) as writer:
             output = Output(task, writer, Journal(writer.directory, settings), progress)
             try:
                 _walk(task, output, clock, directory=writer.directory)
@@ -195,7 +215,12 @@ def quantize_checkpoint(
             )
             report.write(writer.directory)
             write_html(report, writer.directory)
-            writer.finish(method=task.name, facts=settings["options"], scratch=[JOURNAL_NAME, FISHER_NAME])
+            writer.finish(
+                method=task.name,
+                facts=settings["options"],
+                activation_bits=activation_bits,
+                scratch=[JOURNAL_NAME, FISHER_NAME],
+            )
     return report
 
 
@@ -233,6 +258,8 @@ def _task(
     streams: StreamConfig,
     out: Path,
     progress: Progress | None,
+    zero_grid: ZeroGrid,
+    activation_bits: int | None,
 ) -> Task:
     """Everything that can be checked before anything is written."""
     if checkpoint.quantization is not None:
@@ -246,7 +273,7 @@ def _task(
     listed = [site for block in blocks for site in block]
     if isinstance(wanted, Plan):
         # Before the text, which may take a while to read.
-        _formats(wanted, listed, method)
+        _formats(wanted, listed, method, zero_grid)
     segments = None if text is None else _segments(checkpoint, sizes, text)
     allocation = None
     if isinstance(wanted, Budget):
@@ -269,14 +296,27 @@ def _task(
         blocks=blocks,
         plan=wanted,
         allocation=allocation,
-        formats=_formats(wanted, listed, method),
+        formats=_formats(wanted, listed, method, zero_grid),
         segments=segments,
         streams=streams,
         seed=seed,
+        activation_bits=activation_bits,
     )
 
 
-def _formats(plan: Plan, sites: Sequence[LinearSite], method: Method | BlockMethod) -> dict[str, Format]:
+def _check_grid(zero_grid: ZeroGrid, *, symmetric: bool) -> None:
+    if zero_grid not in ZERO_GRIDS:
+        raise ConfigError(f"zero grid {zero_grid!r}; supported: {', '.join(ZERO_GRIDS)}")
+    if zero_grid == "fractional" and symmetric:
+        raise ConfigError(
+            "symmetric weights have their zero point in the middle, which the fractional zero grid does not hold; "
+            "choose one of the two"
+        )
+
+
+def _formats(
+    plan: Plan, sites: Sequence[LinearSite], method: Method | BlockMethod, zero_grid: ZeroGrid
+) -> dict[str, Format]:
     formats = plan.resolve(sites)
     divided = [site.name for site in sites if site.name not in formats]
     if divided and isinstance(method, BlockMethod):
@@ -284,7 +324,17 @@ def _formats(plan: Plan, sites: Sequence[LinearSite], method: Method | BlockMeth
             f"method {_name(method)} needs one format for all linears of a site, and the plan gives those of "
             f"{divided[0]} different ones; use rtn or gptq, or one format for each site"
         )
-    return formats
+    if zero_grid == "integer":
+        return formats
+    if not any(form.bits in FRACTIONAL_BITS for form in formats.values()):
+        raise ConfigError(
+            f"fractional zero points exist at {' and '.join(map(str, FRACTIONAL_BITS))} bits, and no linear has so "
+            "few; choose fewer bits, or leave the zero grid out"
+        )
+    return {
+        name: dataclasses.replace(form, zero_grid=zero_grid) if form.bits in FRACTIONAL_BITS else form
+        for name, form in formats.items()
+    }
 
 
 def _earlier_allocation(out: Path, budget: Budget) -> Allocation | None:
@@ -348,6 +398,8 @@ def _settings(task: Task, text: Calibration | None) -> dict[str, Any]:
         "allocation": None if task.allocation is None else task.allocation.to_dict(),
         "calibration": calibration,
         "seed": task.seed,
+        "formats": {name: form.name for name, form in task.formats.items() if form.zero_grid != "integer"},
+        "activation_bits": task.activation_bits,
         "version": version("dibit"),
     }
 

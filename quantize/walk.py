@@ -20,6 +20,7 @@ from dibit.engine.models.decoder import Block, load_embedding, load_float_block
 from dibit.engine.models.spec import Arch, LinearSite, Sizes, float_shapes, norm_names
 from dibit.engine.models.weights import read_float_site
 from dibit.kernels.formats import Format, QTensor
+from dibit.quantize.activations import rounded_inputs
 from dibit.quantize.block import (
     BlockJob,
     BlockMethod,
@@ -58,6 +59,7 @@ class Task:
     formats   by site name; by module name where the linears of a site differ
     segments  the calibration text; None when nothing looks at it
     seed      for anything random in the method
+    activation_bits  width of the inputs of quantized linears in the served model; None: weights only
     """
 
     checkpoint: Checkpoint
@@ -72,6 +74,7 @@ class Task:
     segments: Segments | None
     streams: StreamConfig
     seed: int
+    activation_bits: int | None = None
 
 
 class Output:
@@ -219,6 +222,7 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
                 sin=sin,
                 batch=batch,
                 seed=task.seed,
+                activation_bits=task.activation_bits,
                 float_type=_float_type(task, sites, layer),
                 tell=partial(output.tell, layer),
                 token_weights=None if weights is None else weights.of_block(layer, sites),
@@ -232,8 +236,9 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
         last = layer + 1 == task.sizes.layers
         if done is not None or not last:
             output.tell(layer, f"layers.{layer}, hidden states")
-            with recorded_inputs(block, sites) as inputs:
-                advance(quantized, block, cos, sin, batch=batch)
+            low = rounded_inputs(block, task.activation_bits)
+            with recorded_inputs(low, sites) as inputs:
+                advance(quantized, low, cos, sin, batch=batch)
         if float_stream is not None and not last:
             advance(float_stream, floats, cos, sin, batch=batch)
         if done is not None:

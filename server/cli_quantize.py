@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 import typer
 
@@ -22,6 +22,8 @@ def quantize(
     bits: q.Bits = None,
     group_size: q.GroupSize = None,
     symmetric: q.Symmetric = False,
+    zero_grid: q.ZeroGridName = "integer",
+    activation_bits: q.ActivationBits = None,
     calibration: q.Text = None,
     samples: q.Samples = 128,
     sequence_length: q.SequenceLength = 512,
@@ -70,6 +72,8 @@ def quantize(
             bits=bits,
             group_size=group_size,
             symmetric=symmetric,
+            zero_grid=cast(Literal["integer", "fractional"], zero_grid),
+            activation_bits=activation_bits,
             calibration=calibration,
             samples=samples,
             sequence_length=sequence_length,

@@ -16,6 +16,18 @@ GroupSize = Annotated[
     int | None, typer.Option(help="columns that share a scale: 16, 32, 64, 128, or -1 for a whole row; left out: 64")
 ]
 Symmetric = Annotated[bool, typer.Option("--symmetric", help="fix the zero point at the middle of the range")]
+ZeroGridName = Annotated[
+    str,
+    typer.Option(
+        "--zero-grid",
+        help="integer, or fractional: less error at 2 and 3 bits for no bit and no time, in a checkpoint that only "
+        "dibit reads",
+    ),
+]
+ActivationBits = Annotated[
+    int | None,
+    typer.Option(help="4, 6 or 8: serving rounds the inputs of quantized linears too; left out: weights only"),
+]
 Text = Annotated[Path | None, typer.Option(help="plain text the method learns from", metavar="FILE")]
 Samples = Annotated[int, typer.Option(help="calibration sequences")]
 SequenceLength = Annotated[int, typer.Option(help="tokens in a calibration sequence")]

@@ -5,7 +5,7 @@ A checkpoint without a config has no other witness than the shapes of its tensor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from dibit.engine.checkpoint.fractional import FractionalPacking, parse_fraction
 from dibit.engine.checkpoint.gptq import WORDWISE_TOOL, GptqPacking
 from dibit.engine.checkpoint.packing import Export, Packing
 from dibit.engine.checkpoint.quantization_config import alias, parse_quantization
+from dibit.kernels.formats import Format
 
 FRACTIONAL = FractionalPacking()
 EXPORTS: Mapping[str, Export] = {
@@ -25,6 +26,11 @@ EXPORTS: Mapping[str, Export] = {
     "awq": AwqPacking(),
     "compressed-tensors": CompressedTensorsPacking(),
 }
+
+
+def export_for(formats: Iterable[Format]) -> Export:
+    """The format in which dibit writes such linears: the one that most tools read, GPTQ version 2, where it can."""
+    return EXPORTS["gptq"] if all(form.zero_grid == "integer" for form in formats) else FRACTIONAL
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The first phase of Chen, Shao, Xu, Wang, Zhang, Gao, Zhang, Qiao and Luo, "EfficientQAT: Efficient Quantization-Aware
 Training for Large Language Models", ACL 2025 (its second phase, step sizes of the whole model end to end, is not part
-of this method). The gradient takes rounding for the identity (fake_quantize.py); zero points end as integers.
+of this method). The gradient takes rounding for the identity (fake_quantize.py); zero points end on the format's grid.
 
 It starts from the codes of GPTQ, its ranges those of least weight error and its columns in order of importance, or of
 rounding to nearest with such ranges, where the float weights are the original ones. GPTQ hands over codes and ranges;
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dibit.engine.errors import ConfigError
 from dibit.engine.models.decoder import Block, FloatLinear
-from dibit.kernels.formats import QTensor, concat_rows, round_scales
+from dibit.kernels.formats import QTensor, concat_rows, round_scales, zero_fields, zero_points
 from dibit.quantize.block import BlockJob, QuantizedBlock, low_bit_block, quantize_block, rounded_block
 from dibit.quantize.fake_quantize import fake_quantize, straight
 from dibit.quantize.fold import copied
@@ -105,7 +105,7 @@ class BlockAP:
         job.tell(f"layers.{job.layer}, first codes")
         start: Method = RTN(symmetric=self.symmetric, range_search=True)
         if self.start == "gptq":
-            start = GPTQ(symmetric=self.symmetric, range_search=True, static_groups=True, act_order=True)
+            start = GPTQ(symmetric=self.symmetric, asymmetric=True)
         apart = dataclasses.replace(job, block=copied(job.block))
         found = quantize_block(apart, start, name=self.start, progress=lambda site: None).sites
         weights = {site.name: concat_rows(list(one.parts)) for site, one in zip(job.sites, found, strict=True)}
@@ -172,21 +172,21 @@ class Learned:
         for site in self._job.sites:
             own = self._sites[site.key]
             own.scales.copy_(torch.maximum(own.scales, own.least))
-            own.zeros.clamp_(0, self._job.formats[site.name].qmax)
+            own.zeros.clamp_(*self._job.formats[site.name].zero_range)
 
     def quantized(self) -> dict[str, QTensor]:
         """The weights that `block` computes with, by site name."""
         weights = {}
         for site in self._job.sites:
             own = self._sites[site.key]
-            zeros = torch.round(own.zeros).to(torch.uint8)
-            weights[site.name] = self._job.formats[site.name].encode(own.weight, round_scales(own.scales), zeros)
+            form = self._job.formats[site.name]
+            weights[site.name] = form.encode(own.weight, round_scales(own.scales), zero_fields(own.zeros, form))
         return weights
 
 
 def _begun(w: Tensor, first: QTensor, inside: float | None) -> _Site:
     """`w` itself, or no further than `inside` steps from its codes in `first`."""
-    scales, zeros = first.scales.float(), first.zeros.float()
+    scales, zeros = first.scales.float(), zero_points(first.zeros, first.format)
     weight = w.clone()
     if inside is not None:
         groups = (*scales.shape, -1)

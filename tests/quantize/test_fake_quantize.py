@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dibit.kernels.formats import Format, dequantize, round_scales
+from dibit.kernels.formats import Format, ZeroGrid, dequantize, round_scales, zero_fields, zero_points
 from dibit.quantize.fake_quantize import fake_quantize, straight
 
 
-def random_case(bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor, Format]:
+def random_case(bits: int, group_size: int, grid: ZeroGrid = "integer") -> tuple[Tensor, Tensor, Tensor, Format]:
     """Ranges that cut some weights off, zeros that are not whole and not all inside the range."""
     rng = torch.Generator().manual_seed(bits)
     w = torch.randn(10, 64, generator=rng)
-    chosen = Format(bits, group_size)
+    chosen = Format(bits, group_size, grid)
     scales, zeros = chosen.ranges(w * 0.6)
     scales = scales * (1 + 0.1 * torch.randn(scales.shape, generator=rng))
-    return w, scales, zeros.float() + torch.randn(zeros.shape, generator=rng), chosen
+    return w, scales, zero_points(zeros, chosen) + torch.randn(zeros.shape, generator=rng), chosen
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -27,6 +27,30 @@ def test_value_is_that_of_the_packed_weight(bits: int, group_size: int) -> None:
     whole = torch.round(zeros).clamp(0, chosen.qmax).to(torch.uint8)
     packed = chosen.encode(w, round_scales(scales), whole)
     assert torch.equal(fake_quantize(w, scales, zeros, chosen), dequantize(packed))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("group_size", [16, -1])
+def test_fractional_values_are_those_of_the_packed_weight(bits: int, group_size: int) -> None:
+    w, scales, zeros, chosen = random_case(bits, group_size, "fractional")
+    packed = chosen.encode(w, round_scales(scales), zero_fields(zeros, chosen))
+    assert torch.equal(fake_quantize(w, scales, zeros, chosen), dequantize(packed))
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fractional_gradients_are_those_of_the_plain_formula(bits: int) -> None:
+    w, scales, zeros, chosen = random_case(bits, 16, "fractional")
+    inputs = [t.clone().requires_grad_() for t in (w, scales, zeros)]
+    weight = torch.randn(10, 64, generator=torch.Generator().manual_seed(9))
+    (fake_quantize(inputs[0], inputs[1], inputs[2], chosen) * weight).sum().backward()
+    plain = [t.clone().requires_grad_() for t in (w, scales, zeros)]
+    s = straight(plain[1], round_scales(scales))[..., None]
+    z = straight(plain[2], zero_points(zero_fields(zeros, chosen), chosen))[..., None]
+    exact = plain[0].view(10, 4, 16) / s + z
+    levels = straight(exact, torch.round(exact.detach())).clamp(0, chosen.qmax)
+    (((levels - z) * s).view(10, 64) * weight).sum().backward()
+    for found, expected in zip(inputs, plain, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
