@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dibit.engine.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint, resolve_model
+from dibit.engine.checkpoint.dispatch import export_for
 from dibit.engine.checkpoint.json_file import read_object
 from dibit.engine.checkpoint.shard_file import write_text
 from dibit.engine.checkpoint.writer import check_out
@@ -106,7 +107,8 @@ def train_end_to_end(
         examples = _examples(
             source, sizes, text=text, instructions=instructions, samples=samples, length=sequence_length, seed=seed
         )
-        writer = stack.enter_context(closing(CheckpointWriter(Path(out), source, overwrite=overwrite)))
+        export = export_for(linear.format for linear in source.packed().values())
+        writer = stack.enter_context(closing(CheckpointWriter(Path(out), source, export=export, overwrite=overwrite)))
         Journal(writer.directory, _settings(source, told, settings, examples, seed=seed))
         own: Teacher | None = None
         if told is not None:

@@ -32,7 +32,7 @@ from dibit.engine.models import resolve_arch
 from dibit.engine.models.spec import LinearSite, Sizes, sites
 from dibit.engine.models.weights import check_names
 from dibit.engine.tokenizer import load_tokenizer
-from dibit.kernels.formats import FRACTIONAL_BITS, ZERO_GRIDS, Format, FormatError, ZeroGrid
+from dibit.kernels.formats import Format, FormatError, ZeroGrid
 from dibit.kernels.qlinear import ACTIVATION_BITS
 from dibit.quantize.block import BlockMethod
 from dibit.quantize.budget import Allocation, Budget
@@ -43,7 +43,7 @@ from dibit.quantize.importance import NEED_TEXT, Model, Text
 from dibit.quantize.journal import JOURNAL_NAME, Journal, stored_settings
 from dibit.quantize.methods import METHODS, make_method
 from dibit.quantize.methods.efficientqat import EfficientQAT
-from dibit.quantize.plan import Plan, bits_per_weight
+from dibit.quantize.plan import Plan, bits_per_weight, on_zero_grid
 from dibit.quantize.report import QuantizeReport, StageClock, peak_rss_bytes
 from dibit.quantize.report_html import write_html
 from dibit.quantize.stats import Method
@@ -102,7 +102,6 @@ def quantize_checkpoint(
     if symmetric and not chosen.symmetric:
         chosen = dataclasses.replace(chosen, symmetric=True)  # type: ignore[type-var]
     wanted = _wanted(plan, bits, group_size)
-    _check_grid(zero_grid, symmetric=chosen.symmetric)
     if activation_bits is not None and activation_bits not in ACTIVATION_BITS:
         raise ConfigError(
             f"activations of {activation_bits} bits; supported: {', '.join(map(str, ACTIVATION_BITS))}, or none at all"
@@ -304,16 +303,6 @@ def _task(
     )
 
 
-def _check_grid(zero_grid: ZeroGrid, *, symmetric: bool) -> None:
-    if zero_grid not in ZERO_GRIDS:
-        raise ConfigError(f"zero grid {zero_grid!r}; supported: {', '.join(ZERO_GRIDS)}")
-    if zero_grid == "fractional" and symmetric:
-        raise ConfigError(
-            "symmetric weights have their zero point in the middle, which the fractional zero grid does not hold; "
-            "choose one of the two"
-        )
-
-
 def _formats(
     plan: Plan, sites: Sequence[LinearSite], method: Method | BlockMethod, zero_grid: ZeroGrid
 ) -> dict[str, Format]:
@@ -324,17 +313,7 @@ def _formats(
             f"method {_name(method)} needs one format for all linears of a site, and the plan gives those of "
             f"{divided[0]} different ones; use rtn or gptq, or one format for each site"
         )
-    if zero_grid == "integer":
-        return formats
-    if not any(form.bits in FRACTIONAL_BITS for form in formats.values()):
-        raise ConfigError(
-            f"fractional zero points exist at {' and '.join(map(str, FRACTIONAL_BITS))} bits, and no linear has so "
-            "few; choose fewer bits, or leave the zero grid out"
-        )
-    return {
-        name: dataclasses.replace(form, zero_grid=zero_grid) if form.bits in FRACTIONAL_BITS else form
-        for name, form in formats.items()
-    }
+    return on_zero_grid(formats, zero_grid, symmetric=method.symmetric)
 
 
 def _earlier_allocation(out: Path, budget: Budget) -> Allocation | None:

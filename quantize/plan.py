@@ -8,6 +8,7 @@ of the module ("model.layers.3.self_attn.v_proj"); a site whose linears then dif
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,15 @@ from typing import Any
 
 from dibit.engine.errors import ConfigError
 from dibit.engine.models.spec import LinearSite, Part
-from dibit.kernels.formats import GROUP_SIZES, PER_CHANNEL, Format, FormatError
+from dibit.kernels.formats import (
+    FRACTIONAL_BITS,
+    GROUP_SIZES,
+    PER_CHANNEL,
+    ZERO_GRIDS,
+    Format,
+    FormatError,
+    ZeroGrid,
+)
 
 MAX_SITES_IN_MESSAGE = 4
 
@@ -107,6 +116,28 @@ class Plan:
             rest = {key: value for key, value in entry.items() if key != "sites"}
             plan = plan.override(entry["sites"], _format_from(rest, what))
         return plan
+
+
+def on_zero_grid(formats: Mapping[str, Format], zero_grid: ZeroGrid, *, symmetric: bool) -> dict[str, Format]:
+    """The formats with zero points on `zero_grid`, those of a width that has it. Raises ConfigError where none has."""
+    if zero_grid not in ZERO_GRIDS:
+        raise ConfigError(f"zero grid {zero_grid!r}; supported: {', '.join(ZERO_GRIDS)}")
+    if zero_grid == "integer":
+        return dict(formats)
+    if symmetric:
+        raise ConfigError(
+            "symmetric weights have their zero point in the middle, which the fractional zero grid does not hold; "
+            "choose one of the two"
+        )
+    if not any(form.bits in FRACTIONAL_BITS for form in formats.values()):
+        raise ConfigError(
+            f"fractional zero points exist at {' and '.join(map(str, FRACTIONAL_BITS))} bits, and no linear has so "
+            "few; choose fewer bits, or leave the zero grid out"
+        )
+    return {
+        name: dataclasses.replace(form, zero_grid=zero_grid) if form.bits in FRACTIONAL_BITS else form
+        for name, form in formats.items()
+    }
 
 
 def part_formats(site: LinearSite, formats: Mapping[str, Format]) -> tuple[Format, ...]:

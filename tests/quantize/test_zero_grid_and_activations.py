@@ -21,7 +21,7 @@ from dibit.kernels.qlinear import quantize_activations
 from dibit.quantize import quantize_checkpoint
 from dibit.quantize.calibration import Calibration, load_segments
 from dibit.quantize.grid import search_grid
-from dibit.quantize.methods import make_method
+from dibit.quantize.methods import METHODS, make_method
 from dibit.quantize.methods.rtn import RTN, choose_ranges
 from dibit.quantize.plan import Plan
 from dibit.quantize.report import QuantizeReport
@@ -34,7 +34,12 @@ SITES = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-OPTIONS: dict[str, dict[str, Any]] = {"block-ap": {"steps": 4}, "omniquant": {"steps": 4}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "block-ap": {"steps": 4},
+    "omniquant": {"steps": 4},
+    "affinequant": {"steps": 4},
+    "efficientqat": {"steps": 4, "held_out": 0.25, "end_steps": 4},
+}
 
 
 def error(w: Tensor, form: Format, scales: Tensor, zeros: Tensor) -> float:
@@ -69,7 +74,7 @@ def packed(model: Path) -> dict[str, QTensor]:
     return {module: w for module, w in found.items() if isinstance(w, QTensor)}
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "block-ap", "omniquant"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_writes_fractions_that_are_served(tiny: Path, text: Path, tmp_path: Path, method: str) -> None:
     learned: dict[str, Any] = {} if method == "rtn" else {"calibration": text, **TEXT}
     common: dict[str, Any] = {"bits": 2, "group_size": 16, **learned}
