@@ -160,6 +160,12 @@ class HFTokenizer:
         return self._eos_ids
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, which `encode` does not always write; None without one."""
+        ids = _ids(self._hf.bos_token_id, "the tokenizer's bos_token_id")
+        return next(iter(ids), None)
+
+    @property
     def vocab_size(self) -> int:
         return self._vocab_size
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dibit.engine.config import EngineConfig
+from dibit.engine.errors import ConfigError
 from dibit.server.options import MODEL_HELP, Json, Model, engine_options
 
 eval_app = typer.Typer(help="Measure a model's quality through the serving runtime.", no_args_is_help=True)
@@ -75,6 +76,60 @@ def eval_kl(
     ):
         result = divergence(llm, float_llm, text, context=ctx, max_windows=max_windows, progress=progress)
     emit(result, json)
+
+
+@eval_app.command("tasks")
+@engine_options
+def eval_tasks(
+    model: Model,
+    *,
+    tasks: Annotated[str, typer.Option(help="tasks of lm_eval, separated by commas", metavar="NAMES")],
+    include_path: Annotated[
+        Path | None, typer.Option(help="directory with task files of your own", metavar="DIR")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="examples before each question; left out: the task's own")] = None,
+    limit: Annotated[int | None, typer.Option(help="first N questions of each task", metavar="N")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="put each question into the model's chat template")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="seed of the choice of examples")] = 0,
+    json: Json = None,
+    config: EngineConfig,
+) -> None:
+    """Tasks of lm-evaluation-harness, in process; needs `pip install dibit[eval]`.
+
+    Example: dibit eval tasks models/demo-4bit --tasks arc_easy,piqa --limit 100
+    """
+    from dibit.engine import LLM
+    from dibit.engine.build import build_core
+    from dibit.server.output import emit
+    from dibit.server.progress import request_progress
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--tasks names no task; write for example arc_easy,piqa")
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"{include_path} is not a directory of task files")
+    try:
+        from dibit.quantize.tasks import run_tasks
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("dibit"):
+            raise
+        raise ConfigError(
+            f"the tasks come from lm_eval, which is not installed ({error}); install it with pip install 'dibit[eval]'"
+        ) from error
+    with LLM.of(build_core(model, config)) as llm, request_progress() as progress:
+        results = run_tasks(
+            llm,
+            names,
+            include_path=include_path,
+            shots=shots,
+            limit=limit,
+            chat_template=chat_template,
+            seed=seed,
+            progress=progress,
+        )
+    emit(results, json)
 
 
 def _for_one_sequence(config: EngineConfig, tokens: int) -> EngineConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fakes import BOS, FakeRunner, solo_tokens
+from fakes import BOS, EOS, FakeRunner, solo_tokens
 from server_harness import MODEL, Live, events, serving
 
 HALF = pytest.approx(-0.6931, abs=1e-4)
@@ -123,3 +123,24 @@ def test_a_prompt_longer_than_a_step() -> None:
         done = live.complete(prompt, echo=True, logprobs=1, max_tokens=1).json()["choices"][0]["logprobs"]
         assert len(done["tokens"]) == 151
         assert done["token_logprobs"] == [None] + [HALF] * 150
+
+
+def test_log_likelihood_when_the_drawn_token_ends_the_text() -> None:
+    """Harnesses leave out the last entry, that of the one token drawn: it must be there even if it does not show."""
+    with serving(FakeRunner(reply=[EOS])) as live:
+        ask = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1234}
+        [choice] = live.complete([[97, 98, 99]], **ask).json()["choices"]
+        assert choice["text"] == "abc"
+        assert choice["finish_reason"] == "stop"
+        assert choice["logprobs"]["tokens"] == ["a", "b", "c", "</s>"]
+        assert len(choice["logprobs"]["token_logprobs"]) == len(choice["logprobs"]["top_logprobs"]) == 4
+
+
+def test_a_batch_of_texts_to_write_on_as_harnesses_send_it(live: Live) -> None:
+    stops = ["\n", "Question:", "</s>"]
+    ask = {"temperature": 0, "max_tokens": 8, "stop": stops, "seed": 1234, "top_p": 0.9}
+    done = live.complete([[97, 98], [99]], **ask).json()
+    assert [choice["index"] for choice in done["choices"]] == [0, 1]
+    assert [choice["text"] for choice in done["choices"]] == [
+        bytes(solo_tokens(ids, 8)).decode() for ids in ([97, 98], [99])
+    ]
