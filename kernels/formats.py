@@ -276,7 +276,7 @@ def unpack_stream(words: Tensor, bits: int) -> Tensor:
     if 8 % bits == 0 and sys.byteorder == "little":
         # Whole codes in every byte, the bytes in the order of the stream: one pass over bytes.
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-        fields = words.contiguous().view(torch.uint8)[..., None] >> shifts
+        fields = words.reshape(-1).contiguous().view(torch.uint8)[:, None] >> shifts
         return fields.bitwise_and_(mask).reshape(*words.shape[:-1], words.shape[-1] * 32 // bits)
     cells = words.reshape(*words.shape[:-1], words.shape[-1] // period_words, period_words)
     codes = torch.empty(*cells.shape[:-1], period_codes, dtype=torch.uint8, device=words.device)
