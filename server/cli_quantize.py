@@ -17,16 +17,18 @@ def quantize(
     *,
     out: q.Out,
     method: Annotated[
-        str, typer.Option(help="rtn (no calibration), gptq, awq, omniquant, block-ap or efficientqat")
-    ] = "rtn",
+        str | None,
+        typer.Option(help="rtn (no calibration), gptq, awq, omniquant, block-ap or efficientqat; left out: rtn"),
+    ] = None,
+    recipe: q.RecipeName = None,
     bits: q.Bits = None,
     group_size: q.GroupSize = None,
     symmetric: q.Symmetric = False,
     zero_grid: q.ZeroGridName = "integer",
     activation_bits: q.ActivationBits = None,
     calibration: q.Text = None,
-    samples: q.Samples = 128,
-    sequence_length: q.SequenceLength = 512,
+    samples: q.Samples = None,
+    sequence_length: q.SequenceLength = None,
     seed: q.Seed = 0,
     option: q.MethodOptions = None,
     bits_budget: q.BitsBudget = None,
@@ -48,10 +50,15 @@ def quantize(
     from dibit.quantize import METHODS, quantize_checkpoint
     from dibit.quantize.budget import Budget
     from dibit.quantize.plan import Plan
+    from dibit.quantize.recipes import Recipe
+    from dibit.quantize.recipes import recipe as named_recipe
     from dibit.quantize.report_html import HTML_NAME
     from dibit.server.progress import quantize_progress
 
-    if method not in METHODS:
+    if recipe is not None and method is not None:
+        raise ConfigError(f"--recipe {recipe} chooses the method; leave out --method {method}")
+    settings = Recipe(method or "rtn") if recipe is None else named_recipe(recipe)
+    if settings.method not in METHODS:
         raise ConfigError(f"method {method!r} is not known; supported: {', '.join(METHODS)}")
     budget = q.budget_settings(
         plan=plan_file,
@@ -68,15 +75,15 @@ def quantize(
         done = quantize_checkpoint(
             model,
             out,
-            method=METHODS[method](**parse_assignments(METHODS[method], option or [])),
+            method=settings.make(parse_assignments(METHODS[settings.method], option or [])),
             bits=bits,
             group_size=group_size,
             symmetric=symmetric,
             zero_grid=cast(Literal["integer", "fractional"], zero_grid),
             activation_bits=activation_bits,
             calibration=calibration,
-            samples=samples,
-            sequence_length=sequence_length,
+            samples=settings.samples if samples is None else samples,
+            sequence_length=settings.sequence_length if sequence_length is None else sequence_length,
             seed=seed,
             plan=given if budget is None else Budget(**budget),
             save_plan=save_plan,

@@ -29,8 +29,11 @@ ActivationBits = Annotated[
     typer.Option(help="4, 6 or 8: serving rounds the inputs of quantized linears too; left out: weights only"),
 ]
 Text = Annotated[Path | None, typer.Option(help="plain text the method learns from", metavar="FILE")]
-Samples = Annotated[int, typer.Option(help="calibration sequences")]
-SequenceLength = Annotated[int, typer.Option(help="tokens in a calibration sequence")]
+Samples = Annotated[int | None, typer.Option(help="calibration sequences; left out: 128, or those of the recipe")]
+SequenceLength = Annotated[int | None, typer.Option(help="tokens in a calibration sequence; left out: 512")]
+RecipeName = Annotated[
+    str | None, typer.Option("--recipe", help="method and options found to work well together: fast or best")
+]
 Seed = Annotated[int, typer.Option(help="seed of everything random")]
 MethodOptions = Annotated[
     list[str] | None,

@@ -64,6 +64,10 @@ def test_a_plan_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--recipe", "fast", "--method", "gptq"], "chooses the method; leave out --method gptq"),
+        (["--recipe", "slow"], "recipe 'slow' is not known; supported: fast, best"),
+        (["--recipe", "fast", "-O", "steps=3"], "'steps=3' is not an option of GPTQ"),
+        (["--recipe", "fast"], "method gptq learns from text"),
         (["--bits-budget", "3", "--importance", "magic"], "importance 'magic' is not known; supported: lim, zd"),
         (["--bits-budget", "3", "--bits", "4"], "the bits come from a budget"),
         (["--bits-budget", "3"], "--calibration"),
