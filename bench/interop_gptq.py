@@ -1,7 +1,7 @@
 """Do GPTQ checkpoints pass between dibit and GPTQModel unchanged? Both directions, every weight, to the bit.
 
     python -m venv /path/to/side && /path/to/side/bin/pip install gptqmodel
-    python bench/interop_gptq.py --python /path/to/side/bin/python
+    python -m dibit.bench.interop_gptq --python /path/to/side/bin/python
 
 A tiny random Llama is quantized by GPTQModel (in its own environment) and opened by dibit, then quantized by dibit and
 opened by GPTQModel. In each case the weights that dibit dequantizes must equal those that GPTQModel's own modules
@@ -98,7 +98,7 @@ def _run(python: Path, folder: Path) -> list[Case]:
         jobs.append({"out": str(out)})
     note = folder / "jobs.json"
     note.write_text(json.dumps(jobs))
-    command = [str(python), __file__, "--python", str(python), "--as-tool", str(note)]
+    command = [str(python), "-P", __file__, "--python", str(python), "--as-tool", str(note)]
     # GPTQModel's pool asks for more workers than it grants itself on two cores.
     environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
