@@ -11,7 +11,8 @@ import psutil
 import torch
 
 from dibit.kernels import dispatch, native
-from dibit.kernels.formats import BITS, GROUP_SIZES, Format
+from dibit.kernels.formats import BITS, FRACTIONAL_BITS, GROUP_SIZES, Format
+from dibit.kernels.qlinear import ACTIVATION_BITS
 from dibit.kernels.triton import availability
 
 REPORTED_PACKAGES = ("dibit", "torch", "transformers", "safetensors", "gguf", "fastapi", "uvicorn")
@@ -28,7 +29,7 @@ class OpChoice:
 
 @dataclass(frozen=True)
 class WidthChoice:
-    """The backend of the quantized linear at one width, or why there is none."""
+    """The backend of the quantized linear at one width of weights or activations."""
 
     bits: int
     backend: str
@@ -47,6 +48,8 @@ class Examination:
     gpu_kernels: str
     ops: tuple[OpChoice, ...]
     widths: tuple[WidthChoice, ...]
+    fractional: tuple[WidthChoice, ...]
+    activations: tuple[WidthChoice, ...]
     loads: tuple[str, ...]
     advice: tuple[str, ...]
 
@@ -62,6 +65,8 @@ class Examination:
             *(f"{op.op:<16} {op.backend:<10} {'; '.join(op.refused) or '-'}" for op in self.ops),
             "",
             "low-bit linear   " + ", ".join(f"{w.bits} bits: {w.backend}" for w in self.widths),
+            "fractional zeros " + ", ".join(f"{w.bits} bits: {w.backend}" for w in self.fractional),
+            "low activations  " + ", ".join(f"{w.bits} bits: {w.backend}" for w in self.activations),
             "group sizes      " + ", ".join("per channel" if g == -1 else str(g) for g in GROUP_SIZES),
             "loads            " + "; ".join(self.loads),
         ]
@@ -99,7 +104,9 @@ def examine() -> Examination:
             OpChoice(r.op, r.backend, tuple(f"{name}: {why}" for name, why in r.refusals))
             for r in dispatch.report("cpu")
         ),
-        widths=tuple(WidthChoice(bits, _backend(bits)) for bits in BITS),
+        widths=tuple(WidthChoice(bits, _backend(Format(bits, 64))) for bits in BITS),
+        fractional=tuple(WidthChoice(bits, _backend(Format(bits, 64, "fractional"))) for bits in FRACTIONAL_BITS),
+        activations=tuple(WidthChoice(bits, _backend(Format(4, 64), activation_bits=bits)) for bits in ACTIVATION_BITS),
         loads=LOADS,
         advice=tuple(advice),
     )
@@ -122,5 +129,5 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _backend(bits: int) -> str:
-    return dispatch.resolve("qlinear", device="cpu", format=Format(bits, 64)).backend
+def _backend(format: Format, *, activation_bits: int | None = None) -> str:
+    return dispatch.resolve("qlinear", device="cpu", format=format, activation_bits=activation_bits).backend

@@ -55,6 +55,7 @@ class MemoryPlan:
     activation_bytes    working memory of a step at its largest, logits included
     largest_context     longest single sequence that fits, at most model_max_positions
     largest_batch       sequences of max_model_len that fit at once
+    activation_bits     width to which inputs of quantized linears are rounded, as the checkpoint asks, or None
     refusal             why the settings do not fit here, or None
     """
 
@@ -74,6 +75,7 @@ class MemoryPlan:
     largest_batch: int
     note: str | None
     refusal: str | None
+    activation_bits: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -97,6 +99,8 @@ class MemoryPlan:
             f"{self.model_max_positions})",
             f"largest batch    {self.largest_batch:8d} sequences of {self.max_model_len} tokens",
         ]
+        if self.activation_bits is not None:
+            lines.append(f"activations      {self.activation_bits:8d} bits in quantized linears, one scale per token")
         remarks = [f"note: {self.note}"] if self.note else []
         verdict = "fits" if self.fits else f"does not fit: {self.refusal}"
         return "\n".join([*lines, *remarks, verdict])
@@ -173,16 +177,26 @@ def activation_bytes(sizes: Sizes, config: EngineConfig, *, max_model_len: int) 
     return per_token * config.max_batch_tokens + 4 * logits + 4 * max_model_len * sizes.rope.dim
 
 
-def plan_memory(weights: Weights, *, config: EngineConfig | None = None, free_bytes: int | None = None) -> MemoryPlan:
+def plan_memory(
+    weights: Weights,
+    *,
+    config: EngineConfig | None = None,
+    free_bytes: int | None = None,
+    activation_bits: int | None = None,
+) -> MemoryPlan:
     """What serving this checkpoint with these settings takes. Reads headers only.
 
     free_bytes  memory to plan within (None: what is free now)
+    activation_bits  `Quantization.activation_bits` of the checkpoint
     Raises CheckpointError for a model that cannot be read, ConfigError for a backend or device that cannot run here;
     a model that does not fit is no error, `refusal` says it.
     """
     config = config or EngineConfig()
     arch, sizes = resolve_arch(weights.config)
-    quantized = body_format(weights, arch, sizes) is not None
+    form = body_format(weights, arch, sizes)
+    quantized = form is not None
+    if form is not None and activation_bits is not None:
+        _backend(form, config, activation_bits)
     free = free_memory(resolve_device(config)) if free_bytes is None else free_bytes
     ends = _end_bytes(weights, arch, sizes, config, quantized=quantized)
     norms = 4 * sizes.hidden * (2 * sizes.layers + 1)
@@ -223,6 +237,7 @@ def plan_memory(weights: Weights, *, config: EngineConfig | None = None, free_by
         largest_batch=affordable // -(-context // config.block_size),
         note=note,
         refusal=refusal,
+        activation_bits=activation_bits,
     )
 
 
@@ -232,18 +247,16 @@ def plan_model(model: str, config: EngineConfig) -> MemoryPlan:
 
     checkpoint = open_checkpoint(resolve_model(model), gptq_zero=config.gptq_zero)
     try:
-        return plan_memory(checkpoint, config=config)
+        quantization = checkpoint.quantization
+        activation_bits = None if quantization is None else quantization.activation_bits
+        return plan_memory(checkpoint, config=config, activation_bits=activation_bits)
     finally:
         checkpoint.close()
 
 
 def packed_bytes(n: int, k: int, format: Format, *, config: EngineConfig) -> int:
     """Bytes of a quantized weight [n, k] as the backend that will run it holds it."""
-    device = resolve_device(config).type
-    try:
-        backend = resolve("qlinear", device=device, backend=config.backend, format=format).backend
-    except NoKernel as error:
-        raise ConfigError(f"{error}; choose another backend, or auto") from error
+    backend = _backend(format, config)
     groups = format.groups(k)
     if backend == "cpu":
         rows = -(-n // PANEL_ROWS) * PANEL_ROWS
@@ -251,6 +264,17 @@ def packed_bytes(n: int, k: int, format: Format, *, config: EngineConfig) -> int
     if backend == "triton":
         return triton_bytes(format, n, k)
     return n * (k + 3 * groups)
+
+
+def _backend(format: Format, config: EngineConfig, activation_bits: int | None = None) -> str:
+    device = resolve_device(config).type
+    try:
+        chosen = resolve(
+            "qlinear", device=device, backend=config.backend, format=format, activation_bits=activation_bits
+        )
+    except NoKernel as error:
+        raise ConfigError(f"{error}; choose another backend, or auto") from error
+    return chosen.backend
 
 
 def _site_bytes(weights: Weights, site: LinearSite, config: EngineConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +17,9 @@ from dibit.engine.checkpoint import open_checkpoint
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError
 from dibit.engine.loader import load_decoder
+from dibit.engine.memory_plan import plan_model
+from dibit.kernels import dispatch
+from dibit.kernels.dispatch import Impl
 from dibit.kernels.formats import Format, QTensor, dequantize
 from dibit.kernels.qlinear import quantize_activations
 from dibit.quantize import quantize_checkpoint
@@ -209,3 +213,15 @@ def test_statistics_are_those_of_inputs_as_they_are_served(tiny: Path, text: Pat
         **TEXT,
     )
     assert float((unrounded.seen[place] - hessian.mean).abs().max()) > 2 * float((found - hessian.mean).abs().max())
+
+
+def test_plan_tells_the_width_and_what_cannot_serve_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_checkpoint(str(tiny), tmp_path / "low", bits=4, group_size=16, activation_bits=6)
+    config = EngineConfig(backend="reference")
+    assert "activations             6 bits" in plan_model(str(tmp_path / "low"), config).text()
+    weights_only = Impl("reference", "dibit.kernels.qlinear:qlinear_reference")
+    monkeypatch.setattr(dispatch, "IMPLS", MappingProxyType({**dispatch.IMPLS, "qlinear": (weights_only,)}))
+    with pytest.raises(ConfigError, match="no kernel for activations of 6 bits"):
+        plan_model(str(tmp_path / "low"), config)
