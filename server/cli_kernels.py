@@ -32,7 +32,8 @@ def kernels_report(
     if (reason := compiler_unavailable()) is not None:
         raise ConfigError(f"the GPU kernels cannot be compiled here: {reason}")
     from dibit.kernels.triton.aot import NoCompiler
-    from dibit.kernels.triton.report import GPUS, HEADER, faults, kernel_reports, line
+    from dibit.kernels.triton.report import kernel_reports
+    from dibit.kernels.triton.report_model import GPUS, HEADER, faults, line
 
     wanted = {name.lower() for name in gpu or []}
     if unknown := wanted - {known.name.lower() for known in GPUS}:

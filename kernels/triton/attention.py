@@ -8,6 +8,7 @@ reference on the same cache that is, for a float16 cache, an error of at most ab
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,8 +19,26 @@ from dibit.kernels.triton.device.attention import attention_kernel, merge_kernel
 
 SPLIT_KEYS = 512
 SIDE_BY_SIDE_TOKENS = 64
-_BLOCK_N = 32
+BLOCK_KEYS = 32
+STAGES = 2
 _REALS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A program's share of the queries: `tokens` of a sequence times `heads` (of one KV head, padded)."""
+
+    tokens: int
+    heads: int
+    warps: int
+
+
+def blocks(group: int, longest: int) -> Rows:
+    """16 rows of a matrix instruction while chunks are short, else 64, on twice the warps: 64 rows of 128 columns on
+    four spill."""
+    heads = triton.next_power_of_2(group)
+    wide = longest > 16
+    return Rows(max(1, (64 if wide else 16) // heads), heads, 8 if wide else 4)
 
 
 def paged_attention(
@@ -65,14 +84,13 @@ def paged_attention(
     partial = splits > 1 and tokens <= SIDE_BY_SIDE_TOKENS
     # A sequence's chunk is not known without a look at cu_seqlens, but with a token for every sequence all have one.
     longest = 1 if tokens == sequences else tokens - sequences + 1
-    block_g = triton.next_power_of_2(group)
-    block_q = max(1, 16 // block_g) if longest <= 16 else max(1, 64 // block_g)
+    rows = blocks(group, longest)
     target, weights = y, y
     if partial:
         target = torch.empty(tokens, heads, splits, d, dtype=torch.float32, device=q.device)
         weights = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
     block_d = max(16, triton.next_power_of_2(d))
-    attention_kernel[(triton.cdiv(longest, block_q), sequences, kv_heads * (splits if partial else 1))](
+    attention_kernel[(triton.cdiv(longest, rows.tokens), sequences, kv_heads * (splits if partial else 1))](
         q,
         k_cache,
         v_cache,
@@ -92,11 +110,11 @@ def paged_attention(
         d,
         PARTIAL=partial,
         BLOCK_D=block_d,
-        BLOCK_Q=block_q,
-        BLOCK_G=block_g,
-        BLOCK_N=_BLOCK_N,
-        num_warps=4,
-        num_stages=2,
+        BLOCK_Q=rows.tokens,
+        BLOCK_G=rows.heads,
+        BLOCK_N=BLOCK_KEYS,
+        num_warps=rows.warps,
+        num_stages=STAGES,
     )
     if partial:
         merge_kernel[(tokens * heads,)](target, weights, y, splits, d, BLOCK_D=block_d, num_warps=1)

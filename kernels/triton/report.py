@@ -1,14 +1,4 @@
-"""What the kernels are on every supported GPU, found without one: `dibit kernels report`.
-
-The prediction of a launch is the largest of three times, and the launch itself:
-
-    bytes / bandwidth        every byte of weights, scales, zero points, activations and outputs, once
-    instructions / rate      weights * instructions per weight / (128 lanes * processors * clock)
-    products / tensor rate   2 * tokens * rows * columns / the rate of float16 with float32 sums, padding included
-    LAUNCH_US                from the end of one kernel to the start of the next in a CUDA graph
-
-Bandwidths, clocks, processors and rates are the vendors' figures. No GPU has confirmed a prediction yet.
-"""
+"""Every kernel compiled for every GPU of report_model.py, where the model and the rules are: `dibit kernels report`."""
 
 from __future__ import annotations
 
@@ -21,104 +11,35 @@ from dibit.kernels.triton.aot import Compiled, compile_kernel, weight_conversion
 from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
 from dibit.kernels.triton.plan import Gpu, Plan, plan
+from dibit.kernels.triton.report_model import GPUS, LAUNCH_US, GpuModel, KernelReport, predicted
+from dibit.kernels.triton.report_small import SMALL
 
-LAUNCH_US = 2.0
-LANES = 128
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-REGISTER_FILE = 65536
-MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 SHAPE = (14336, 4096)
 """Rows and columns of the weight that is predicted: an up-projection of Llama-3-8B."""
-
-WEIGHT_LOAD_BYTES = 16
-ISSUE_SHARES = ((4, 0.6), (3, 0.6), (2, 0.8))
-"""Bits, and the share of a GPU's instructions that the batch-1 product may take while memory is the limit."""
-HELD_TO_SHARES = frozenset({"RTX 3060", "RTX A6000", "RTX 4090", "A100", "H100"})
-RECORDED_SLACK = 0.1
-RECORDED: dict[tuple[str, int], float] = {("qlinear int2-g128 M1", 80): 1.75}
-"""Instructions a weight at the time of writing (Triton 3.7.1); a change for the worse is a fault."""
-
-
-@dataclass(frozen=True)
-class GpuModel:
-    """A GPU as its vendor describes it."""
-
-    name: str
-    arch: int
-    processors: int
-    clock_ghz: float
-    bandwidth_gb_s: float
-    tensor_tflops: float
-
-    def instructions_per_weight(self, bits_per_weight: float) -> float:
-        """Lane instructions that the GPU can issue in the time in which a weight's bits arrive."""
-        weights_per_s = self.bandwidth_gb_s * 1e9 * 8 / bits_per_weight
-        return LANES * self.processors * self.clock_ghz * 1e9 / weights_per_s
-
-
-GPUS = (
-    GpuModel("RTX 3060", 86, 28, 1.78, 360, 25.6),
-    GpuModel("RTX A6000", 86, 84, 1.80, 768, 154.8),
-    GpuModel("RTX 4090", 89, 128, 2.52, 1008, 165.2),
-    GpuModel("A100", 80, 108, 1.41, 2039, 312),
-    GpuModel("H100", 90, 132, 1.83, 3350, 989),
-    GpuModel("B200", 100, 148, 1.86, 8000, 2250),
-    GpuModel("RTX 5090", 120, 170, 2.41, 1792, 209.5),
-)
-ARCHS = tuple(sorted({gpu.arch for gpu in GPUS}))
-
-
-@dataclass(frozen=True)
-class KernelReport:
-    """One kernel on one GPU.
-
-    spills               bytes a thread keeps outside its registers
-    occupancy            warps that fit a processor at once, of those it can hold
-    weight_load_bytes    narrowest load of weight words; None where there are no weights
-    weight_conversions   changes of layout between a weight's load and its product
-    instr_per_weight     lane instructions of the main loop for each weight; None where there are no weights
-    instr_budget         what the GPU can issue while a weight arrives from memory
-    bytes                moved by a launch
-    minimum_bytes        of these, packed weights, inputs and outputs
-    predicted_us         by the model above
-    bandwidth_share      of the GPU's bandwidth, in the predicted time
-    """
-
-    kernel: str
-    gpu: str
-    arch: int
-    registers: int
-    spills: int
-    shared_bytes: int
-    shared_limit: int
-    occupancy: float
-    weight_load_bytes: int | None
-    weight_conversions: int
-    instr_per_weight: float | None
-    instr_budget: float | None
-    bytes: int
-    minimum_bytes: int
-    predicted_us: float
-    bandwidth_share: float
 
 
 @dataclass(frozen=True)
 class Product:
-    """A low-bit product of the report: `tokens` activations with a weight of SHAPE in `format`."""
+    """A low-bit product of the report: `tokens` activations with a weight of `shape` [N, K] in `format`."""
 
     format: Format
     tokens: int
+    shape: tuple[int, int] = SHAPE
 
     @property
     def name(self) -> str:
         return f"qlinear {self.format.name} M{self.tokens}"
 
     def plan(self, gpu: GpuModel) -> Plan:
-        return plan(self.geometry, SHAPE[0], self.tokens, gpu=Gpu(gpu.processors, gpu.arch))
+        return plan(self.geometry, self.padded_rows, self.tokens, gpu=Gpu(gpu.processors, gpu.arch))
+
+    @property
+    def padded_rows(self) -> int:
+        return -(-self.shape[0] // layout.TILE_ROWS) * layout.TILE_ROWS
 
     @property
     def geometry(self) -> layout.Geometry:
-        return layout.Geometry.of(self.format, SHAPE[1])
+        return layout.Geometry.of(self.format, self.shape[1])
 
 
 PRODUCTS = (
@@ -178,7 +99,7 @@ def report_product(product: Product, gpu: GpuModel) -> KernelReport:
     """Compile a product for `gpu` and predict its time, of its own launch alone."""
     chosen, geometry = product.plan(gpu), product.geometry
     made = compile_product(product, chosen, gpu.arch)
-    n, k = SHAPE
+    n, k = product.shape
     passes = chosen.padded_tokens(product.tokens) // chosen.block_tokens
     per_weight = None
     if made.loop is not None:
@@ -187,7 +108,7 @@ def report_product(product: Product, gpu: GpuModel) -> KernelReport:
     inputs = product.tokens * k * 2 + geometry.groups * product.tokens * 4
     outputs = product.tokens * n * 4
     moved = weight_bytes + inputs + outputs * (chosen.splits if chosen.partial else 1)
-    return _row(
+    return predicted(
         product.name,
         gpu,
         made,
@@ -201,6 +122,13 @@ def report_product(product: Product, gpu: GpuModel) -> KernelReport:
         per_weight=per_weight,
         budget=gpu.instructions_per_weight(8 * weight_bytes / (n * k)),
     )
+
+
+def predicted_product_us(product: Product, gpu: GpuModel) -> float:
+    """The prediction of a whole product: its own launch, the preparation before it, the sum of its runs after it."""
+    row = report_product(product, gpu)
+    launches = 2 if product.plan(gpu).partial else 1
+    return row.predicted_us + launches * LAUNCH_US
 
 
 def report_prepare(gpu: GpuModel) -> KernelReport:
@@ -221,7 +149,7 @@ def report_prepare(gpu: GpuModel) -> KernelReport:
         multiples_of_16=("K", "KP"),
     )
     moved = 8 * k * 2 + k * 4 + 4 * (k // 128 + 1)
-    return _row("prepare M1", gpu, made, warps=4, moved=moved, minimum=moved)
+    return predicted("prepare M1", gpu, made, warps=4, moved=moved, minimum=moved)
 
 
 def report_reduce(gpu: GpuModel) -> KernelReport:
@@ -256,52 +184,10 @@ def report_reduce(gpu: GpuModel) -> KernelReport:
         multiples_of_16=("N",),
     )
     moved = SHAPE[0] * 4 * (max(2, splits) + 1)
-    return _row("reduce M1", gpu, made, warps=4, moved=moved, minimum=SHAPE[0] * 4)
+    return predicted("reduce M1", gpu, made, warps=4, moved=moved, minimum=SHAPE[0] * 4)
 
 
-HEADER = (
-    "kernel                      gpu         regs  spills  shared  warps  load  conv   i/w  budget      bytes"
-    "  predicted  bandwidth"
-)
-
-
-def line(row: KernelReport) -> str:
-    """A row of the table under HEADER."""
-
-    def shown(value: float | None, width: int, digits: int = 0) -> str:
-        return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
-
-    return (
-        f"{row.kernel:<27} {row.gpu:<10} {row.registers:>5} {row.spills:>7} {row.shared_bytes:>7} {row.occupancy:>6.0%}"
-        f"{shown(row.weight_load_bytes, 6)}{row.weight_conversions:>6}{shown(row.instr_per_weight, 6, 2)}"
-        f"{shown(row.instr_budget, 8, 2)}{row.bytes:>11}{row.predicted_us:>8.1f} us{row.bandwidth_share:>11.0%}"
-    )
-
-
-def faults(row: KernelReport) -> list[str]:
-    """What a kernel must not do, each as a sentence; none when it is as it should be."""
-    found = []
-    name = f"{row.kernel} on {row.gpu} (sm_{row.arch})"
-    if row.spills:
-        found.append(f"{name}: {row.spills} bytes a thread do not fit its {row.registers} registers")
-    if row.shared_bytes > row.shared_limit:
-        found.append(f"{name}: {row.shared_bytes} bytes of shared memory; {row.shared_limit} are there")
-    if row.weight_load_bytes is not None and row.weight_load_bytes < WEIGHT_LOAD_BYTES:
-        found.append(f"{name}: weights are loaded {row.weight_load_bytes} bytes at a time, not {WEIGHT_LOAD_BYTES}")
-    if row.weight_conversions:
-        found.append(f"{name}: {row.weight_conversions} changes of layout between a weight's load and its product")
-    if row.instr_per_weight is not None and row.instr_budget is not None:
-        share = row.instr_per_weight / row.instr_budget
-        limit = next((most for bits, most in ISSUE_SHARES if row.kernel == f"qlinear int{bits}-g128 M1"), None)
-        if limit is not None and row.gpu in HELD_TO_SHARES and share > limit:
-            found.append(f"{name}: {share:.0%} of the GPU's instructions go to unpacking; at most {limit:.0%} should")
-        recorded = RECORDED.get((row.kernel, row.arch))
-        if recorded is not None and row.instr_per_weight > recorded * (1 + RECORDED_SLACK):
-            found.append(f"{name}: {row.instr_per_weight:.2f} instructions a weight; recorded: {recorded:.2f}")
-    return found
-
-
-OTHERS: tuple[Callable[[GpuModel], KernelReport], ...] = (report_prepare, report_reduce)
+OTHERS: tuple[Callable[[GpuModel], KernelReport], ...] = (report_prepare, report_reduce, *SMALL)
 
 
 def kernel_reports(
@@ -316,45 +202,3 @@ def kernel_reports(
             yield report_product(product, gpu)
         for other in others:
             yield other(gpu)
-
-
-def _row(
-    kernel: str,
-    gpu: GpuModel,
-    made: Compiled,
-    *,
-    warps: int,
-    moved: int,
-    minimum: int,
-    instructions: float = 0.0,
-    products: float = 0.0,
-    weight_load_bytes: int | None = None,
-    conversions: int = 0,
-    per_weight: float | None = None,
-    budget: float | None = None,
-) -> KernelReport:
-    rate = LANES * gpu.processors * gpu.clock_ghz * 1e3
-    times = (moved / (gpu.bandwidth_gb_s * 1e3), instructions / rate, 2 * products / (gpu.tensor_tflops * 1e6))
-    predicted = max(times) + LAUNCH_US
-    # Registers are handed out to a warp in units of 256; a kilobyte of shared memory is the system's.
-    by_registers = REGISTER_FILE // (-(-made.registers * 32 // 256) * 256 * warps)
-    by_shared = (SHARED_LIMIT[gpu.arch] + 1024) // (made.shared_bytes + 1024)
-    resident = min(by_registers, by_shared, MAX_WARPS[gpu.arch] // warps) * warps
-    return KernelReport(
-        kernel=kernel,
-        gpu=gpu.name,
-        arch=gpu.arch,
-        registers=made.registers,
-        spills=made.spills,
-        shared_bytes=made.shared_bytes,
-        shared_limit=SHARED_LIMIT[gpu.arch],
-        occupancy=resident / MAX_WARPS[gpu.arch],
-        weight_load_bytes=weight_load_bytes,
-        weight_conversions=conversions,
-        instr_per_weight=per_weight,
-        instr_budget=budget,
-        bytes=moved,
-        minimum_bytes=minimum,
-        predicted_us=predicted,
-        bandwidth_share=moved / (gpu.bandwidth_gb_s * 1e3) / predicted,
-    )

@@ -26,8 +26,8 @@ from dibit.kernels.triton.layout import TritonQWeight
 
 MAX_NORM_COLUMNS = 65536
 _REALS = (torch.float32, torch.float16, torch.bfloat16)
-_BLOCK = 1024
-_ARGMAX_BLOCK = 4096
+BLOCK = 1024
+ARGMAX_BLOCK = 4096
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -75,7 +75,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         raise ContractError(f"silu_mul: gate_up has {width} columns; expected an even number")
     y = torch.empty(t, width // 2, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
-        silu_mul_kernel[(triton.cdiv(width // 2, _BLOCK), t)](gate_up, y, width // 2, BLOCK=_BLOCK, num_warps=4)
+        silu_mul_kernel[(triton.cdiv(width // 2, BLOCK), t)](gate_up, y, width // 2, BLOCK=BLOCK, num_warps=4)
     return y
 
 
@@ -130,7 +130,7 @@ def embedding(ids: Tensor, w: TritonQWeight) -> Tensor:
     y = torch.empty(ids.shape[0], w.k, dtype=torch.float32, device=w.codes.device)
     if y.numel():
         zero_base, zero_step = w.format.zero_line
-        embedding_kernel[(triton.cdiv(w.k, _BLOCK), ids.shape[0])](
+        embedding_kernel[(triton.cdiv(w.k, BLOCK), ids.shape[0])](
             ids,
             w.codes,
             w.scales,
@@ -144,7 +144,7 @@ def embedding(ids: Tensor, w: TritonQWeight) -> Tensor:
             BITS=w.format.bits,
             ZERO_BASE=zero_base,
             ZERO_STEP=zero_step,
-            BLOCK=_BLOCK,
+            BLOCK=BLOCK,
             num_warps=4,
         )
     return y
@@ -159,10 +159,10 @@ def argmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.empty(r, dtype=torch.int64, device=scores.device)
     peaks = torch.empty(r, dtype=torch.float32, device=scores.device)
     if r:
-        blocks = triton.cdiv(v, _ARGMAX_BLOCK)
+        blocks = triton.cdiv(v, ARGMAX_BLOCK)
         block_peaks = torch.empty(r, blocks, dtype=torch.float32, device=scores.device)
         block_places = torch.empty(r, blocks, dtype=torch.int32, device=scores.device)
-        block_argmax_kernel[(blocks, r)](scores, block_peaks, block_places, v, blocks, BLOCK=_ARGMAX_BLOCK, num_warps=4)
+        block_argmax_kernel[(blocks, r)](scores, block_peaks, block_places, v, blocks, BLOCK=ARGMAX_BLOCK, num_warps=4)
         row_argmax_kernel[(r,)](
             block_peaks, block_places, ids, peaks, blocks, BLOCK=max(2, triton.next_power_of_2(blocks)), num_warps=1
         )

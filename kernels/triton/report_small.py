@@ -1,0 +1,227 @@
+"""Attention and the small ops in the report: a decode step of one sequence of Llama-3-8B with 4096 keys, and a prefill.
+
+hidden 4096, 32 query heads, 8 KV heads of 128, MLP 14336, vocabulary 128256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dibit.kernels.triton.aot import compile_kernel
+from dibit.kernels.triton.attention import BLOCK_KEYS, SPLIT_KEYS, STAGES, blocks
+from dibit.kernels.triton.device.attention import attention_kernel, merge_kernel
+from dibit.kernels.triton.device.small import (
+    block_argmax_kernel,
+    embedding_kernel,
+    norm_kernel,
+    rope_kv_write_kernel,
+    row_argmax_kernel,
+    silu_mul_kernel,
+)
+from dibit.kernels.triton.report_model import GpuModel, KernelReport, predicted
+from dibit.kernels.triton.small import ARGMAX_BLOCK, BLOCK
+
+HIDDEN, HEADS, KV_HEADS, D, MLP, VOCAB = 4096, 32, 8, 128, 14336, 128256
+KEYS = 4096
+PREFILL = 512
+
+
+def _compiled(
+    name: str,
+    kernel: Any,
+    gpu: GpuModel,
+    *,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    moved: int,
+    warps: int,
+    stages: int = 3,
+    products: float = 0.0,
+    multiples_of_16: tuple[str, ...] = (),
+) -> KernelReport:
+    made = compile_kernel(
+        kernel,
+        types=types,
+        constants=constants,
+        arch=gpu.arch,
+        warps=warps,
+        stages=stages,
+        multiples_of_16=multiples_of_16,
+    )
+    return predicted(name, gpu, made, warps=warps, moved=moved, minimum=moved, products=products)
+
+
+def _attention(gpu: GpuModel, name: str, *, tokens: int, cache: str) -> KernelReport:
+    partial = tokens == 1
+    rows = blocks(HEADS // KV_HEADS, tokens)
+    cache_bytes = 4 if cache == "fp32" else 2
+    integers = ("HEADS", "KV_HEADS", "GROUP", "TABLE_STRIDE", "BLOCK_SIZE", "SPLITS", "SPLIT_KEYS", "D")
+    keys = 2 * KV_HEADS * D * KEYS * cache_bytes
+    results = tokens * HEADS * (D + 1) * 4 * (-(-KEYS // SPLIT_KEYS) if partial else 1)
+    return _compiled(
+        name,
+        attention_kernel,
+        gpu,
+        types={
+            "q": "*fp32",
+            "k_cache": f"*{cache}",
+            "v_cache": f"*{cache}",
+            "cu_seqlens": "*i32",
+            "seq_lens": "*i32",
+            "block_tables": "*i32",
+            "out": "*fp32",
+            "weights": "*fp32",
+            "scale": "fp32",
+            **dict.fromkeys(integers, "i32"),
+        },
+        constants={
+            "PARTIAL": partial,
+            "BLOCK_D": D,
+            "BLOCK_Q": rows.tokens,
+            "BLOCK_G": rows.heads,
+            "BLOCK_N": BLOCK_KEYS,
+        },
+        moved=keys + tokens * HEADS * D * 4 + results,
+        warps=rows.warps,
+        stages=STAGES,
+        products=2.0 * tokens * HEADS * D * KEYS,
+        multiples_of_16=("BLOCK_SIZE", "D", "SPLIT_KEYS"),
+    )
+
+
+def decode_attention(gpu: GpuModel) -> KernelReport:
+    return _attention(gpu, "attention decode fp16", tokens=1, cache="fp16")
+
+
+def decode_attention_bf16(gpu: GpuModel) -> KernelReport:
+    return _attention(gpu, "attention decode bf16", tokens=1, cache="bf16")
+
+
+def prefill_attention(gpu: GpuModel) -> KernelReport:
+    return _attention(gpu, f"attention prefill {PREFILL}", tokens=PREFILL, cache="fp16")
+
+
+def merge(gpu: GpuModel) -> KernelReport:
+    splits = -(-KEYS // SPLIT_KEYS)
+    return _compiled(
+        "attention merge",
+        merge_kernel,
+        gpu,
+        types={"partial": "*fp32", "weights": "*fp32", "out": "*fp32", "SPLITS": "i32", "D": "i32"},
+        constants={"BLOCK_D": D},
+        moved=HEADS * (splits * (D + 1) + D) * 4,
+        warps=1,
+        multiples_of_16=("D",),
+    )
+
+
+def norm(gpu: GpuModel) -> KernelReport:
+    pointers = dict.fromkeys(("x", "residual", "weight", "y", "total"), "*fp32")
+    return _compiled(
+        "add_rms_norm",
+        norm_kernel,
+        gpu,
+        types={**pointers, "eps": "fp32", "K": "i32"},
+        constants={"ADD": True, "BLOCK": HIDDEN},
+        moved=5 * HIDDEN * 4,
+        warps=8,
+        multiples_of_16=("K",),
+    )
+
+
+def silu(gpu: GpuModel) -> KernelReport:
+    return _compiled(
+        "silu_mul",
+        silu_mul_kernel,
+        gpu,
+        types={"gate_up": "*fp32", "y": "*fp32", "COLUMNS": "i32"},
+        constants={"BLOCK": BLOCK},
+        moved=3 * MLP * 4,
+        warps=4,
+        multiples_of_16=("COLUMNS",),
+    )
+
+
+def rope(gpu: GpuModel) -> KernelReport:
+    heads = HEADS + 2 * KV_HEADS
+    return _compiled(
+        "rope_kv_write",
+        rope_kv_write_kernel,
+        gpu,
+        types={
+            "qkv": "*fp32",
+            "positions": "*i64",
+            "cos": "*fp32",
+            "sin": "*fp32",
+            "k_cache": "*fp16",
+            "v_cache": "*fp16",
+            "slots": "*i64",
+            "q": "*fp32",
+            **dict.fromkeys(("HEADS", "KV_HEADS", "BLOCK_SIZE", "HALF", "D"), "i32"),
+        },
+        constants={"BLOCK_D": D},
+        moved=heads * D * 4 + HEADS * D * 4 + 2 * KV_HEADS * D * 2,
+        warps=1,
+        multiples_of_16=("BLOCK_SIZE", "HALF", "D"),
+    )
+
+
+def embedding(gpu: GpuModel) -> KernelReport:
+    return _compiled(
+        "embedding int8-g64",
+        embedding_kernel,
+        gpu,
+        types={
+            "ids": "*i64",
+            "codes": "*i16",
+            "scales": "*fp16",
+            "zeros": "*u8",
+            "y": "*fp32",
+            **dict.fromkeys(("N", "NP", "K", "UNITS", "GROUP"), "i32"),
+        },
+        constants={"BITS": 8, "ZERO_BASE": 0.0, "ZERO_STEP": 1.0, "BLOCK": BLOCK},
+        moved=HIDDEN * (1 + 4) + HIDDEN // 64 * 3,
+        warps=4,
+        multiples_of_16=("NP", "K", "GROUP"),
+    )
+
+
+def argmax_blocks(gpu: GpuModel) -> KernelReport:
+    return _compiled(
+        "argmax of blocks",
+        block_argmax_kernel,
+        gpu,
+        types={"scores": "*fp32", "peaks": "*fp32", "places": "*i32", "V": "i32", "BLOCKS": "i32"},
+        constants={"BLOCK": ARGMAX_BLOCK},
+        moved=VOCAB * 4,
+        warps=4,
+        multiples_of_16=("V",),
+    )
+
+
+def argmax_row(gpu: GpuModel) -> KernelReport:
+    blocks = -(-VOCAB // ARGMAX_BLOCK)
+    return _compiled(
+        "argmax of a row",
+        row_argmax_kernel,
+        gpu,
+        types={"block_peaks": "*fp32", "block_places": "*i32", "ids": "*i64", "peaks": "*fp32", "BLOCKS": "i32"},
+        constants={"BLOCK": 32},
+        moved=blocks * 8,
+        warps=1,
+    )
+
+
+SMALL: tuple[Callable[[GpuModel], KernelReport], ...] = (
+    decode_attention,
+    decode_attention_bf16,
+    prefill_attention,
+    merge,
+    norm,
+    silu,
+    rope,
+    embedding,
+    argmax_blocks,
+    argmax_row,
+)
