@@ -235,7 +235,7 @@ def _joined(before: TrainingReport, after: TrainingReport) -> TrainingReport:
     """One course out of two; the second begins where the best state of the first is taken up again."""
     first = before.steps
     seconds = before.seconds + after.seconds
-    tokens = before.tokens_per_s * before.seconds + after.tokens_per_s * after.seconds
+    part = after.seconds / seconds if seconds else 0.0
     return dataclasses.replace(
         before,
         steps=first + after.steps,
@@ -246,5 +246,6 @@ def _joined(before: TrainingReport, after: TrainingReport) -> TrainingReport:
         restarts=before.restarts + after.restarts,
         notes=(*before.notes, *after.notes),
         seconds=seconds,
-        tokens_per_s=tokens / seconds if seconds else 0.0,
+        tokens_per_s=before.tokens_per_s * (1 - part) + after.tokens_per_s * part,
+        matmul_share=before.matmul_share * (1 - part) + after.matmul_share * part,
     )

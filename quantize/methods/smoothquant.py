@@ -16,6 +16,7 @@ The baseline for low-bit activations; without them it is a scaling search for we
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -32,6 +33,8 @@ from dibit.quantize.fold import copied, fold
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.stats import Need, SiteFailure, Stats
 from dibit.quantize.trainer import Data, Schedule, held_out_loss, prepare
+
+logger = logging.getLogger(__name__)
 
 KEYS = ("qkv", "o", "gate_up", "down")
 # Segments looked at for the largest inputs, and the least input or weight that a scale is computed from.
@@ -69,15 +72,20 @@ class SmoothQuant:
         chosen = self._rounded(job, copied(job.block), data)
         if not math.isfinite(chosen.loss):
             raise SiteFailure("the hidden states seen during calibration are not finite")
+        first, alphas = chosen.loss, []
         for key in KEYS:
             job.tell(f"layers.{job.layer}, scales of {key}")
             found = magnitudes(job, data, key)
-            tried = [chosen]
-            for i in range(1, self.tries + 1):
+            best, alpha = chosen, None
+            for tried in (i / (self.tries + 1) for i in range(1, self.tries + 1)):
                 block = copied(chosen.block)
-                fold(block, key, found.scales(i / (self.tries + 1)), stored=job.float_type)
-                tried.append(self._rounded(job, block, data))
-            chosen = min(tried, key=lambda one: one.loss)
+                fold(block, key, found.scales(tried), stored=job.float_type)
+                rounded = self._rounded(job, block, data)
+                if rounded.loss < best.loss:
+                    best, alpha = rounded, tried
+            chosen = best
+            alphas.append(f"{key} {'none' if alpha is None else f'{alpha:.2g}'}")
+        logger.info("layers.%d: loss %.4g from %.4g, α %s", job.layer, chosen.loss, first, ", ".join(alphas))
         return QuantizedBlock.folded(job, chosen.block, chosen.weights)
 
     def _rounded(self, job: BlockJob, block: Block, data: Data) -> _Rounded:
