@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dibit.kernels.formats import PER_CHANNEL, Format, QTensor, dequantize
+from dibit.quantize.grid import search_grid
 from dibit.quantize.stats import Need, Stats
 
 # The grid and the norm of GPTQ's released quantizer: the range shrinks from 100 % to 21 %. An exponent above 2 keeps
@@ -29,7 +30,8 @@ class RTN:
     """Round to nearest.
 
     symmetric     zero points in the middle of the code range
-    range_search  shrink each group's range to the least weight error instead of covering every weight
+    range_search  shrink each group's range to the least weight error instead of covering every weight; fractional zero
+                  points are always searched for, as those that cover every weight gain nothing
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -43,7 +45,12 @@ class RTN:
 
 
 def choose_ranges(w: Tensor, format: Format, *, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
-    """Scales float32 and zeros uint8 [N, K/G] of `w` [N, K]: min-max, or with `search` the range of least error."""
+    """Scales float32 and zeros uint8 [N, K/G] of `w` [N, K]: min-max, or with `search` the range of least error.
+
+    On the fractional zero grid always those of least squared error.
+    """
+    if format.zero_grid == "fractional":
+        return search_grid(w, format, symmetric=symmetric)
     if not search:
         return format.ranges(w, symmetric=symmetric)
     n, k = w.shape
