@@ -140,6 +140,13 @@ class BlockMethod(Protocol):
         ...
 
 
+@runtime_checkable
+class Rearranging(Protocol):
+    """A `Method` that rounds other weights than the job's, of a block that computes the same."""
+
+    def rearranged(self, job: BlockJob) -> Block: ...
+
+
 @dataclass(frozen=True)
 class Results:
     """A quantized block: its sites, the names of its floats that changed (as in `Changed`), and the training."""
@@ -177,13 +184,18 @@ def quantize_block(
     if isinstance(method, BlockMethod):
         progress(f"layers.{job.layer}")
         return _quantize_whole(job, method, name)
-    own = job.block
+    own, changed = job.block, Changed()
+    if isinstance(method, Rearranging):
+        block = method.rearranged(job)
+        changed = _changed(job, QuantizedBlock.folded(job, block, {}))
+        own.linears.update(block.linears)
+        changed.put(own, job.sites)
     floats = Block(own.sizes, linears=dict(own.linears), attn_norm=own.attn_norm, mlp_norm=own.mlp_norm)
     results = []
     for site in job.sites:
         progress(site.name)
         results.append(_quantize_in_place(job, site, floats, method, name))
-    return Results(results, Changed())
+    return Results(results, changed)
 
 
 def _quantize_whole(job: BlockJob, method: BlockMethod, name: str) -> Results:

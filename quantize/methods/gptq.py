@@ -19,19 +19,29 @@ error at 2 bits. The paper's own GPTQ is `range_search`, `static_groups`, `act_o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dibit.engine.errors import ConfigError
+from dibit.engine.models.decoder import Block
 from dibit.kernels.formats import PER_CHANNEL, Format, QTensor, round_scales, zero_points
 from dibit.quantize.asymmetric import corrected
+from dibit.quantize.block import BlockJob
 from dibit.quantize.grid import search_grid
+from dibit.quantize.permute import permuted
+from dibit.quantize.rotate import rotated
 from dibit.quantize.stats import Need, SiteFailure, Stats
 
 # Past this share of the mean diagonal the Hessian says nothing any more.
 MAX_DAMP = 1.0
+REARRANGEMENTS: dict[str, Callable[[BlockJob], Block]] = {
+    "none": lambda job: job.block,
+    "permute": permuted,
+    "rotate": rotated,
+}
 # Elements of the temporaries of a refit.
 REFIT_ELEMENTS = 1 << 22
 
@@ -50,6 +60,8 @@ class GPTQ:
     refit           solve for the scales again once the codes are known
     asymmetric      round towards what makes up for the errors of the blocks before (asymmetric.py)
     fisher          weight the calibration tokens by what errors there cost the model (fisher.py)
+    rearrange       permute sorts channels inside the block by their inputs (permute.py), rotate turns the values of
+                    attention (rotate.py), none leaves them; the block computes the same
     """
 
     symmetric: bool = False
@@ -62,6 +74,7 @@ class GPTQ:
     refit: bool = True
     asymmetric: bool = False
     fisher: bool = False
+    rearrange: str = "none"
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -75,11 +88,17 @@ class GPTQ:
             raise ConfigError(f"damp_increment is {self.damp_increment}; it must be above 0")
         if self.block_columns < 1:
             raise ConfigError(f"block_columns is {self.block_columns}; it must be at least 1")
+        if self.rearrange not in REARRANGEMENTS:
+            raise ConfigError(f"rearrange is {self.rearrange!r}; supported: {', '.join(REARRANGEMENTS)}")
         if self.act_order and not self.static_groups:
             raise ConfigError(
                 "act_order rounds columns out of order, so a group's range cannot wait for its columns; "
                 "add static_groups, or leave act_order out (-O act_order=false)"
             )
+
+    def rearranged(self, job: BlockJob) -> Block:
+        """A block that computes the same, of whose weights the codes are to be."""
+        return REARRANGEMENTS[self.rearrange](job)
 
     def quantize(self, w: Tensor, format: Format, stats: Stats) -> QTensor:
         """Quantize `w` [N, K] under `stats.hessian` [K, K]. Raises SiteFailure when the Hessian cannot be factored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -257,8 +258,9 @@ def test_methods_by_name() -> None:
 @pytest.mark.parametrize("kind", METHODS.values())
 def test_every_option_is_described_and_plain(kind: type) -> None:
     """The command line makes its options from the fields and the docstring."""
+    text = "\n".join(base.__doc__ or "" for base in kind.__mro__)
     for field in dataclasses.fields(kind):
-        assert f"\n    {field.name} " in (kind.__doc__ or "")
+        assert re.search(rf"^    (\w+, )*{field.name}(, \w+)* ", text, re.MULTILINE), field.name
         assert type(field.default) in (int, float, bool, str)
 
 
