@@ -62,7 +62,7 @@ def line_chart(
         for run in _runs(one.points, log=log):
             path = "M" + "L".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in run)
             body.append(f'<path class="{one.style}" d="{path}"/>')
-        if dots or len(points) == 1:
+        if (dots and "dashed" not in one.style) or len(points) == 1:
             body += [
                 f'<circle class="{one.style}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.5">'
                 f"<title>{escape(one.name)} at {number(x)}: {number(y)}</title></circle>"
