@@ -60,3 +60,35 @@ def test_nothing_is_lost_when_norms_are_stored_in_few_bits(stored: torch.dtype) 
     assert bool(folded.attn_norm.isfinite().all())
     error = float((run(folded, x) - run(block, x)).norm() / run(block, x).norm())
     assert error < 1e-5
+
+
+@pytest.mark.parametrize("key", ["qkv", "gate_up"])
+def test_gradients_of_scales_pass_the_rounding_of_the_norm(key: str) -> None:
+    """The block computes with the rounded norm and learns as if it were not; a norm of zero teaches nothing."""
+    own = sizes(6, 2)
+    block = random_block(own)
+    name = "attn_norm" if key == "qkv" else "mlp_norm"
+    norm: torch.Tensor = getattr(block, name).clone()
+    norm[3] = 0.0
+    setattr(block, name, norm)
+    rng = torch.Generator().manual_seed(5)
+    begun = torch.exp(torch.randn(input_width(own, key), generator=rng) * 0.3)
+    toward = torch.randn(norm.shape, generator=rng)
+
+    def gradient(stored: torch.dtype) -> torch.Tensor:
+        scales = begun.clone().requires_grad_()
+        folded = copied(block)
+        fold(folded, key, scales, stored=stored)
+        found = getattr(folded, name)
+        assert torch.equal(found.detach(), found.detach().to(stored).float())
+        linear: Any = folded.linears[key]
+        ((found * toward).sum() + (linear.weight.square().mean() * 0)).backward()
+        assert scales.grad is not None
+        return scales.grad
+
+    exact = -(norm / begun.square()) * toward
+    for stored in (torch.float32, torch.bfloat16):
+        found = gradient(stored)
+        assert bool(found.isfinite().all()), "a norm of zero made the gradient NaN"
+        assert float(found[3]) == 0.0
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
