@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -169,10 +169,18 @@ def held_out_loss(job: BlockJob, block: Block, data: Data) -> float:
 
 
 def train(
-    job: BlockJob, parametrization: Parametrization, schedule: Schedule, data: Data, *, baseline: float
+    job: BlockJob,
+    parametrization: Parametrization,
+    schedule: Schedule,
+    data: Data,
+    *,
+    baseline: float,
+    before_step: Callable[[int], None] | None = None,
 ) -> TrainingReport:
-    """Train, and leave the best state in the parameters. `baseline` is noted in the report.
+    """Train, and leave the best state in the parameters.
 
+    baseline     noted in the report
+    before_step  called with the number of each step, from 0 on, before it is made; 0 comes again after a restart
     Raises TrainingFailure.
     """
     begun = time.monotonic()
@@ -181,7 +189,7 @@ def train(
     start = [p.detach().clone() for p in parameters]
     while True:
         try:
-            _attempt(job, parametrization, schedule, data, course, rate=0.5**course.restarts)
+            _attempt(job, parametrization, schedule, data, course, rate=0.5**course.restarts, before_step=before_step)
             return _report(job, course, baseline, begun)
         except _Diverged as stop:
             _restore(parameters, start)
@@ -197,7 +205,14 @@ def train(
 
 
 def _attempt(
-    job: BlockJob, parametrization: Parametrization, schedule: Schedule, data: Data, course: _Course, *, rate: float
+    job: BlockJob,
+    parametrization: Parametrization,
+    schedule: Schedule,
+    data: Data,
+    course: _Course,
+    *,
+    rate: float,
+    before_step: Callable[[int], None] | None,
 ) -> None:
     groups = parametrization.groups()
     parameters = [p for group in groups for p in group.parameters]
@@ -221,6 +236,8 @@ def _attempt(
     begun = time.monotonic()
     for step in range(schedule.steps):
         started = time.monotonic()
+        if before_step is not None:
+            before_step(step)
         for group, full in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = full * schedule.rate(step)
         rows = order.take(schedule.batch)

@@ -4,8 +4,8 @@ The first phase of Chen, Shao, Xu, Wang, Zhang, Gao, Zhang, Qiao and Luo, "Effic
 Training for Large Language Models", ACL 2025 (its second phase, step sizes of the whole model end to end, is not part
 of this method). The gradient takes rounding for the identity (fake_quantize.py); zero points end on the format's grid.
 
-It starts from the codes of GPTQ, its ranges those of least weight error and its columns in order of importance, or of
-rounding to nearest with such ranges, where the float weights are the original ones. GPTQ hands over codes and ranges;
+It starts from the codes of GPTQ, corrected for the errors of the blocks before (asymmetric.py), or of rounding to
+nearest on searched ranges, where the float weights are the original ones. GPTQ hands over codes and ranges;
 the float weight behind a code is then the original one where that lies near it, else the nearest point that does,
 well inside the border, so that training begins exactly at GPTQ's result and does not leave it at once. Rates are in
 units that hold for any model: those of weights and step sizes in mean step sizes of the site, that of zero points in
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dibit.engine.errors import ConfigError
 from dibit.engine.models.decoder import Block, FloatLinear
+from dibit.engine.models.spec import LinearSite
 from dibit.kernels.formats import QTensor, concat_rows, round_scales, zero_fields, zero_points
 from dibit.quantize.block import BlockJob, QuantizedBlock, low_bit_block, quantize_block, rounded_block
 from dibit.quantize.fake_quantize import fake_quantize, straight
@@ -41,6 +42,8 @@ STARTS = ("gptq", "rtn")
 # first few steps flip so many codes that GPTQ's result is lost before training gains anything.
 INSIDE = 0.3
 LEAST_SCALE = 0.05
+# Shares of the codes that are final in each part of the last steps.
+SETTLED = (0.5, 0.75, 0.9, 0.97, 1.0)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class BlockAP:
     scale_rate   learning rate of the step sizes, in the same unit
     zero_rate    learning rate of the zero points, in codes
     norm_rate    learning rate of the norms, in their mean size; 0 leaves them as they are
+    settle       share of the steps, the last ones, in which codes become final: half of them at first, those farthest
+                 from a rounding border, all of them before the last fifth; 0 lets all codes change to the end
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"float_stream"})
@@ -69,12 +74,13 @@ class BlockAP:
     scale_rate: float = 2e-3
     zero_rate: float = 2e-3
     norm_rate: float = 1e-3
+    settle: float = 0.0
 
     def __post_init__(self) -> None:
         self.schedule()
         if self.start not in STARTS:
             raise ConfigError(f"start is {self.start!r}; supported: {', '.join(STARTS)}")
-        for name in ("weight_rate", "scale_rate", "zero_rate", "norm_rate"):
+        for name in ("weight_rate", "scale_rate", "zero_rate", "norm_rate", "settle"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
 
@@ -88,7 +94,14 @@ class BlockAP:
         first, notes = self._first(job)
         learned = Learned(self, job, first)
         try:
-            report = train(job, learned, self.schedule(), data, baseline=baseline)
+            report = train(
+                job,
+                learned,
+                self.schedule(),
+                data,
+                baseline=baseline,
+                before_step=learned.settle if self.settle else None,
+            )
         except TrainingFailure as failure:
             course = dataclasses.replace(failure.report, notes=(*notes, *failure.report.notes))
             return QuantizedBlock(first, method=self.start, fallback=str(failure), training=course)
@@ -135,6 +148,7 @@ class Learned:
             for site in job.sites
         }
         own = {"attn_norm": job.block.attn_norm, "mlp_norm": job.block.mlp_norm}
+        self._settled: dict[str, tuple[Tensor, Tensor]] = {}
         self._norms = {name: norm.clone().requires_grad_(method.norm_rate > 0) for name, norm in own.items()}
 
     def groups(self) -> Sequence[Group]:
@@ -154,7 +168,8 @@ class Learned:
         block = copied(self._job.block)
         for site in self._job.sites:
             linear, own = cast(FloatLinear, block.linears[site.key]), self._sites[site.key]
-            w = fake_quantize(own.weight, own.scales, own.zeros, self._job.formats[site.name])
+            settled, _ = self._settled.get(site.key, (None, None))
+            w = fake_quantize(own.weight, own.scales, own.zeros, self._job.formats[site.name], settled=settled)
             block.linears[site.key] = FloatLinear(w, linear.bias)
         for name, norm in self.norms().items():
             if norm is not None:
@@ -173,6 +188,43 @@ class Learned:
             own = self._sites[site.key]
             own.scales.copy_(torch.maximum(own.scales, own.least))
             own.zeros.clamp_(*self._job.formats[site.name].zero_range)
+            if site.key in self._settled:
+                self._center(site)
+
+    @torch.no_grad()
+    def settle(self, step: int) -> None:
+        """Make those codes final that are due before `step`."""
+        if step == 0:
+            self._settled.clear()
+        method = self._method
+        last = max(1, round(method.settle * method.steps))
+        due = {method.steps - last + last * i // len(SETTLED): share for i, share in enumerate(SETTLED)}
+        if step in due:
+            for site in self._job.sites:
+                self._settled[site.key] = self._final(site, due[step])
+                self._center(site)
+
+    def _final(self, site: LinearSite, share: float) -> tuple[Tensor, Tensor]:
+        """Which weights are settled [N, K], and codes [N, K/G, G] of all of them as they are now."""
+        own, form = self._sites[site.key], self._job.formats[site.name]
+        scales, z = round_scales(own.scales)[..., None], zero_points(zero_fields(own.zeros, form), form)[..., None]
+        place = own.weight.view(*own.scales.shape, -1) / scales + z
+        codes = form.encode(own.weight, scales[..., 0], zero_fields(own.zeros, form)).codes.view(place.shape).float()
+        # Beyond the range there is no border to be near to: such a weight is far inside its code.
+        distance = (place.clamp_(0, form.qmax) - codes).abs_().view(own.weight.shape)
+        before = self._settled.get(site.key)
+        if before is not None:
+            # What is final stays so.
+            distance[before[0]] = -1.0
+        count = max(1, round(share * distance.numel()))
+        return distance <= distance.flatten().kthvalue(count).values, codes
+
+    def _center(self, site: LinearSite) -> None:
+        """Settled weights lie in the middle of their codes, wherever step sizes and zero points go."""
+        own, form = self._sites[site.key], self._job.formats[site.name]
+        settled, codes = self._settled[site.key]
+        scales, z = round_scales(own.scales)[..., None], zero_points(zero_fields(own.zeros, form), form)[..., None]
+        own.weight.copy_(torch.where(settled, ((codes - z) * scales).view(own.weight.shape), own.weight))
 
     def quantized(self) -> dict[str, QTensor]:
         """The weights that `block` computes with, by site name."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dibit.kernels.formats import Format, ZeroGrid, dequantize, round_scales, zero_fields, zero_points
+from dibit.quantize import fake_quantize as fake_quantize_module
 from dibit.quantize.fake_quantize import fake_quantize, straight
 
 
@@ -77,3 +78,42 @@ def test_only_wanted_gradients_are_computed() -> None:
     fake_quantize(w, scales, zeros, chosen).sum().backward()
     assert scales.grad is not None
     assert w.grad is None
+
+
+def test_settled_codes_are_constants() -> None:
+    """Their gradients are those of (q - z) s with q fixed; all others are as without."""
+    w, scales, zeros, chosen = random_case(3, 16)
+    settled = torch.rand(w.shape, generator=torch.Generator().manual_seed(8)) < 0.5
+    weight = torch.randn(w.shape, generator=torch.Generator().manual_seed(9))
+    grads = []
+    for mask in (None, settled, ~settled):
+        inputs = [t.clone().requires_grad_() for t in (w, scales, zeros)]
+        out = fake_quantize(inputs[0], inputs[1], inputs[2], chosen, settled=mask)
+        kept = weight if mask is None else weight * ~mask
+        (out * kept).sum().backward()
+        grads.append([t.grad for t in inputs])
+    for free, first, second in zip(*grads, strict=True):
+        torch.testing.assert_close(free, first + second, rtol=1e-4, atol=1e-4)
+    s, z = (t.clone().requires_grad_() for t in (scales, zeros))
+    held = w.clone().requires_grad_()
+    out = fake_quantize(held, s, z, chosen, settled=torch.ones_like(settled))
+    (out * weight).sum().backward()
+    assert not bool(held.grad.any())
+    codes = out.detach().view(10, 4, 16) / round_scales(scales)[..., None]
+    grouped = weight.view(10, 4, 16)
+    torch.testing.assert_close(s.grad, (grouped * codes).sum(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(z.grad, -grouped.sum(-1) * round_scales(scales), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("elements", [1, 100, 64 * 3])
+def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    w, scales, zeros, chosen = random_case(2, 16)
+    found = []
+    for size in (1 << 20, elements):
+        monkeypatch.setattr(fake_quantize_module, "PIECE_ELEMENTS", size)
+        inputs = [t.clone().requires_grad_() for t in (w, scales, zeros)]
+        out = fake_quantize(inputs[0], inputs[1], inputs[2], chosen)
+        (out * out.detach()).sum().backward()
+        found.append([out.detach(), *(t.grad for t in inputs)])
+    for whole, pieces in zip(*found, strict=True):
+        assert torch.equal(whole, pieces)
