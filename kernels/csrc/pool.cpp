@@ -9,6 +9,11 @@
 
 #include "isa.h"
 
+// Places where a test (tests/kernels/pool_race.cpp) holds a thread back.
+#ifndef DIBIT_POOL_POINT
+#define DIBIT_POOL_POINT(place)
+#endif
+
 namespace dibit {
 namespace {
 
@@ -75,6 +80,7 @@ class Pool {
     issue(kClosed);
     n_ = n, grain_ = grain, pieces_ = pieces, fn_ = fn, context_ = context;
     done_ = 0;
+    DIBIT_POOL_POINT(rewritten);
     publish();
     take_pieces();
     for (int spins = 0; done_.load(std::memory_order_acquire) != pieces; ++spins) {
@@ -99,12 +105,17 @@ class Pool {
 
   // Works until nothing of the current range is left to take; returns that range's number.
   uint32_t take_pieces() {
+    DIBIT_POOL_POINT(entered);
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     for (;;) {
+      DIBIT_POOL_POINT(loaded);
       const int64_t piece = static_cast<uint32_t>(ticket), pieces = pieces_, n = n_, grain = grain_;
       const RangeFn fn = fn_;
       void* context = context_;
-      if (piece >= pieces) return range_of(ticket);
+      if (piece >= pieces) {
+        DIBIT_POOL_POINT(left);
+        return range_of(ticket);
+      }
       if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire))
         continue;
       const int64_t grains = (n + grain - 1) / grain;
