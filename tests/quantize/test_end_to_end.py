@@ -189,6 +189,7 @@ def test_reports_lie_beside_the_checkpoint(low: Path, tuned: tuple[Path, EndToEn
     assert [point["step"] for point in stored["held_out"]] == [0, *range(3, 25, 3)]
     assert stored["settings"]["objective"] == "kl"
     assert (out / "quantize_report.json").read_bytes() == (low / "quantize_report.json").read_bytes()
+    assert "<h2>End to end</h2>" in (out / "quantize_report.html").read_text()
     assert not [f.name for f in out.iterdir() if "state" in f.name or "journal" in f.name or f.name.endswith(".new")]
     assert "divergence from the float model" in report.summary()
 
@@ -226,9 +227,16 @@ def timeless(report: EndToEndReport) -> EndToEndReport:
     return dataclasses.replace(report, seconds=0.0, tokens_per_s=0.0, matmul_share=0.0, out="")
 
 
+@pytest.fixture(scope="module")
+def whole(low: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EndToEndReport]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, tune(low, out, text)
+
+
 @pytest.mark.parametrize("save_every_s", ["0", "1000"])
-def test_a_killed_run_continues_to_the_same_bytes(low: Path, text: Path, tmp_path: Path, save_every_s: str) -> None:
-    expected = tune(low, tmp_path / "whole", text)
+def test_a_killed_run_continues_to_the_same_bytes(
+    low: Path, text: Path, tmp_path: Path, whole: tuple[Path, EndToEndReport], save_every_s: str
+) -> None:
     command = [sys.executable, "-c", KILLED, str(low), str(tmp_path / "out"), str(text), save_every_s]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -236,12 +244,12 @@ def test_a_killed_run_continues_to_the_same_bytes(low: Path, text: Path, tmp_pat
     heard: list[int] = []
     found = tune(low, tmp_path / "out", text, progress=lambda done, total, note: heard.append(done))
     assert 1 <= min(done for done in heard if done) <= 6
-    assert timeless(found) == timeless(expected)
-    names = sorted(os.listdir(tmp_path / "whole"))
+    assert timeless(found) == timeless(whole[1])
+    names = sorted(os.listdir(whole[0]))
     assert sorted(os.listdir(tmp_path / "out")) == names
     for name in names:
         if name.endswith(".safetensors"):
-            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+            assert (tmp_path / "out" / name).read_bytes() == (whole[0] / name).read_bytes()
 
 
 def test_other_settings_do_not_continue_a_run(low: Path, text: Path, tmp_path: Path) -> None:
