@@ -129,6 +129,22 @@ def test_every_width(formats: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taped.runner.taped_steps > 5
 
 
+@pytest.mark.parametrize("activation_bits", [4, 6, 8])
+def test_low_bit_activations_and_fractional_zero_points(activation_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = quantized(weights_of(hf_model(tie_word_embeddings=True)), Format(2, 16, "fractional"))
+    decoder = load_decoder(weights, config=EngineConfig(block_size=4), activation_bits=activation_bits)
+    taped = serve(decoder, requests_of(4), monkeypatch)
+    same(taped, serve(decoder, requests_of(4), monkeypatch, tape=False))
+    assert taped.runner.taped_steps > 5
+    # A request's tokens do not depend on those it shares its steps with.
+    alone = serve(decoder, requests_of(1), monkeypatch)
+    assert alone.tokens["0"] == taped.tokens["0"]
+    assert all(torch.equal(a, b) for a, b in zip(alone.logits["0"], taped.logits["0"], strict=True))
+    unrounded = load_decoder(weights, config=EngineConfig(block_size=4))
+    plain = serve(unrounded, requests_of(1), monkeypatch)
+    assert not torch.equal(plain.logits["0"][0], alone.logits["0"][0])
+
+
 def test_a_fused_site_of_several_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     widths = {"q_proj": 2, "k_proj": 4, "v_proj": 4, "o_proj": 3, "gate_proj": 4, "up_proj": 2, "down_proj": 3}
     weights = quantized(weights_of(hf_model()), {name: Format(bits, 16) for name, bits in widths.items()})
