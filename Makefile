@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format build clean
+.PHONY: help serve test lint format build gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ format: $(VENV)/.tested ## let ruff format and sort imports
 
 build: $(VENV)/.installed ## rebuild the C++ kernels
 	$(PIP) --no-deps --force-reinstall --editable .
+
+gpu: $(VENV)/.tested ## on a machine with an NVIDIA GPU: check the GPU kernels, time them, write bench/results/gpu-NAME.json
+	$(PIP) --editable '.[gpu]'
+	$(BIN)/python -m dibit.bench.gpu
 
 clean: ## remove what make made (the models too)
 	rm -rf $(VENV) models build *.egg-info kernels/*.so

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Annotated
 
 import typer
@@ -31,8 +32,9 @@ def kernels_report(
 
     if (reason := compiler_unavailable()) is not None:
         raise ConfigError(f"the GPU kernels cannot be compiled here: {reason}")
+    from dibit.kernels.formats import Format
     from dibit.kernels.triton.aot import NoCompiler
-    from dibit.kernels.triton.report import kernel_reports
+    from dibit.kernels.triton.report import kernel_reports, predict_decode
     from dibit.kernels.triton.report_model import GPUS, HEADER, faults, line
 
     wanted = {name.lower() for name in gpu or []}
@@ -48,6 +50,13 @@ def kernels_report(
             rows.append(row)
             if json != "-":
                 typer.echo(line(row))
+        if json != "-":
+            for known, bits in product(chosen, (2, 3, 4)):
+                step = predict_decode(known, Format(bits, 128))
+                typer.echo(
+                    f"{step.gpu}: a decode step of Llama-2-7B in {step.format}, {step.launches} launches: "
+                    f"{step.step_us:.0f} us, {step.tok_s:.0f} tokens/s, {step.bandwidth_share:.0%} of the bandwidth"
+                )
     except NoCompiler as error:
         raise ConfigError(str(error)) from error
     write_json(rows, json)

@@ -131,6 +131,45 @@ def predicted_product_us(product: Product, gpu: GpuModel) -> float:
     return row.predicted_us + launches * LAUNCH_US
 
 
+@dataclass(frozen=True)
+class DecodePrediction:
+    """A decode step of one sequence of Llama-2-7B (short context, head at 8 bits), captured in a CUDA graph.
+
+    launches         kernels of a step
+    bandwidth_share  bytes of weights over the GPU's bandwidth, as a share of the step
+    """
+
+    gpu: str
+    format: str
+    launches: int
+    step_us: float
+    tok_s: float
+    bandwidth_share: float
+
+
+LLAMA_2_7B = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
+LAYERS = 32
+HEAD = (32000, 4096)
+SMALL_LAUNCHES = 6
+"""Of a layer, beside its products: two norms, rotation with the cache write, attention and its merge, silu."""
+
+
+def predict_decode(gpu: GpuModel, format: Format) -> DecodePrediction:
+    """Products by their own predictions, every other kernel by its launch alone."""
+    products = [Product(format, 1, shape) for shape in LLAMA_2_7B]
+    head = Product(Format(8, 64), 1, HEAD)
+
+    def launches(product: Product) -> int:
+        return 3 if product.plan(gpu).partial else 2
+
+    count = LAYERS * (sum(map(launches, products)) + SMALL_LAUNCHES) + launches(head) + 4
+    step_us = LAYERS * sum(predicted_product_us(product, gpu) for product in products) + predicted_product_us(head, gpu)
+    step_us += (LAYERS * SMALL_LAUNCHES + 4) * LAUNCH_US
+    weights = LAYERS * sum(layout.nbytes(format, *shape) for shape in LLAMA_2_7B) + layout.nbytes(head.format, *HEAD)
+    share = weights / (gpu.bandwidth_gb_s * 1e3) / step_us
+    return DecodePrediction(gpu.name, format.name, count, step_us, 1e6 / step_us, share)
+
+
 def report_prepare(gpu: GpuModel) -> KernelReport:
     k = SHAPE[1]
     made = compile_kernel(

@@ -77,6 +77,25 @@ def test_few_tokens_and_every_other_kernel_on_a_small_gpu() -> None:
     assert [fault for row in rows for fault in faults(row)] == []
 
 
+def test_a_prediction_is_never_beyond_the_bandwidth() -> None:
+    """Of a launch and of a whole decode step: no time is shorter than reading the bytes."""
+    code = (
+        "import dataclasses, json\n"
+        "from dibit.kernels.triton.report import *\n"
+        "gpu = next(gpu for gpu in GPUS if gpu.name == 'A100')\n"
+        "print(json.dumps(dataclasses.asdict(predict_decode(gpu, Format(4, 128)))))\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=clean)
+    assert done.returncode == 0, done.stderr
+    step = json.loads(done.stdout)
+    assert 0.3 < step["bandwidth_share"] < 1
+    assert step["tok_s"] == pytest.approx(1e6 / step["step_us"])
+    # 2.04e12 bytes a second over 3.5e9 bytes of weights is a ceiling.
+    assert step["tok_s"] < 585
+    assert step["launches"] >= 32 * (4 * 2 + report.SMALL_LAUNCHES)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

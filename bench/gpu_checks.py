@@ -1,0 +1,136 @@
+"""What a GPU must do before its times count: every kernel against the reference in float64, on the device.
+
+The interpreter has proven the arithmetic. What only a GPU can show is checked here: that the compiled code does the
+same, that subnormal float16 operands survive the matrix instructions (the unpacking rests on them), and that a token's
+bits do not depend on how many tokens there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dibit.kernels.activation import silu_mul_reference
+from dibit.kernels.argmax import argmax_reference
+from dibit.kernels.attention import paged_attention_reference
+from dibit.kernels.embedding import embedding_reference
+from dibit.kernels.formats import BITS, PER_CHANNEL, Format, QTensor, dequantize, zero_points
+from dibit.kernels.norm import add_rms_norm_reference
+from dibit.kernels.rope import rope_kv_write_reference
+from dibit.kernels.triton import attention, qlinear, small
+from dibit.kernels.triton.layout import pack
+
+
+@dataclass(frozen=True)
+class Check:
+    """`passed`, and by what figure: an error as a share of what is allowed, or what went wrong."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def random_weight(n: int, k: int, format: Format, device: torch.device) -> QTensor:
+    groups = format.groups(k)
+    return QTensor(
+        codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8, device=device),
+        zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8, device=device),
+        scales=torch.rand(n, groups, device=device).add(0.01).mul(0.05).half(),
+        format=format,
+    )
+
+
+def run_checks(device: torch.device, *, tokens: tuple[int, ...] = (1, 3, 8, 17, 64, 200)) -> Iterator[Check]:
+    """Each check as it is done. A kernel that raises is a check that failed; the others still run."""
+    for bits in BITS:
+        for group in (32, 64, 128, PER_CHANNEL):
+            fmt = Format(bits, group)
+            yield _attempt(f"qlinear {fmt.name}", lambda fmt=fmt: _product(fmt, device, tokens))  # type: ignore[misc]
+    yield _attempt("paged attention, decoding", lambda: _attention([700, 33, 1], [1, 1, 1], device))
+    yield _attempt("paged attention, chunks", lambda: _attention([90, 70, 40], [90, 6, 1], device))
+    yield _attempt("norm, silu, rope, embedding, argmax", lambda: _small(device))
+
+
+def _attempt(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, check())
+    except Exception as error:
+        return Check(name, False, f"{type(error).__name__}: {str(error)[:500]}")
+
+
+def _within(found: Tensor, want: Tensor, limit: Tensor | float) -> float:
+    """Largest error as a share of the limit. Raises AssertionError beyond it."""
+    share = float(((found.double() - want.double()).abs() / limit).max())
+    if not share <= 1:
+        raise AssertionError(f"an error of {share:.3g} times what is allowed")
+    return share
+
+
+def _product(fmt: Format, device: torch.device, tokens: tuple[int, ...]) -> str:
+    n, k = 192, 1024
+    w = random_weight(n, k, fmt, device)
+    packed = pack(w)
+    x = torch.randn(max(tokens), k, device=device)
+    bias = torch.randn(n, device=device)
+    dense = dequantize(w).double()
+    want = x.double() @ dense.T + bias.double()
+    codes = w.codes.reshape(n, fmt.groups(k), -1).double() + zero_points(w.zeros, fmt).double()[..., None]
+    terms = (codes * w.scales.double()[..., None]).reshape(n, k)
+    size = x.double().abs()
+    limit = size @ dense.abs().T * 2.0**-11 + size @ terms.T * 2.0**-23 * (k + 8) + 1e-6
+    together = qlinear.qlinear(x, packed, bias)
+    worst = _within(together, want, limit)
+    differing = []
+    for m in tokens:
+        y = torch.full((m, n), 1e30, device=device)
+        qlinear.qlinear(x[:m].contiguous(), packed, bias, out=y)
+        worst = max(worst, _within(y, want[:m], limit[:m]))
+        if not torch.equal(y, together[:m]):
+            differing.append(m)
+    invariance = f"; bits differ from M {max(tokens)} at M {differing}" if differing else "; same bits at every M"
+    return f"error {worst:.2f} of the bound{invariance}"
+
+
+def _attention(lengths: list[int], tokens: list[int], device: torch.device) -> str:
+    heads, kv_heads, d, block_size = 8, 2, 64, 16
+    needed = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(needed) + 1, device=device).to(torch.int32)
+    tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32, device=device)
+    for b, count in enumerate(needed):
+        tables[b, :count] = order[sum(needed[:b]) : sum(needed[:b]) + count]
+    k_cache = torch.randn(sum(needed) + 1, kv_heads, block_size, d, device=device).half()
+    v_cache = torch.randn_like(k_cache)
+    q = torch.randn(sum(tokens), heads * d, device=device).half().float()
+    cu_seqlens = torch.tensor([0, *torch.tensor(tokens).cumsum(0)], dtype=torch.int32, device=device)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    arguments = (q, k_cache, v_cache, cu_seqlens, seq_lens, tables, d**-0.5)
+    want = paged_attention_reference(*arguments)
+    limit = 2.0**-10 * float(v_cache.abs().max())
+    return f"error {_within(attention.paged_attention(*arguments), want, limit):.2f} of the bound"
+
+
+def _small(device: torch.device) -> str:
+    x, residual, weight = (torch.randn(3, 576, device=device) for _ in range(3))
+    want, want_sum = add_rms_norm_reference(x, residual.clone(), weight[0], 1e-5)
+    got, total = small.add_rms_norm(x, residual, weight[0].contiguous(), 1e-5)
+    worst = max(_within(got, want, 1e-5), _within(total, want_sum, 1e-6))
+    gate_up = torch.randn(3, 300, device=device)
+    worst = max(worst, _within(small.silu_mul(gate_up), silu_mul_reference(gate_up), 1e-5))
+    qkv = torch.randn(3, 4 * 32, device=device)
+    positions, slots = torch.tensor([5, 0, 2], device=device), torch.tensor([1, -1, 6], device=device)
+    angles = torch.rand(8, 16, device=device) * 6
+    caches = [torch.zeros(2, 1, 4, 32, device=device) for _ in range(4)]
+    got = small.rope_kv_write(qkv, positions, angles.cos(), angles.sin(), caches[0], caches[1], slots, 2)
+    want = rope_kv_write_reference(qkv, positions, angles.cos(), angles.sin(), caches[2], caches[3], slots, 2)
+    worst = max(worst, _within(got, want, 1e-5), _within(caches[0], caches[2], 1e-5))
+    worst = max(worst, _within(caches[1], caches[3], 1e-6))
+    w = random_weight(70, 320, Format(3, 64), device)
+    ids = torch.tensor([0, 69, 3], device=device)
+    worst = max(worst, _within(small.embedding(ids, pack(w)), embedding_reference(ids, w), 1e-6))
+    scores = torch.randn(3, 9001, device=device)
+    if small.argmax(scores)[0].tolist() != argmax_reference(scores)[0].tolist():
+        raise AssertionError("argmax names another place than torch")
+    return f"error {worst:.2f} of the bounds"
