@@ -43,13 +43,12 @@ from dibit.quantize.end_to_end_state import state_files
 from dibit.quantize.end_to_end_teacher import STATES_NAME, Teacher, check_teacher, listen
 from dibit.quantize.instruction import Examples, load_instructions
 from dibit.quantize.journal import JOURNAL_NAME, Journal
-from dibit.quantize.report import REPORT_NAME
-from dibit.quantize.report_html import HTML_NAME
+from dibit.quantize.report import FINETUNE_REPORT_NAME, REPORT_NAME, QuantizeReport
+from dibit.quantize.report_html import write_html
 from dibit.quantize.streams import StreamConfig
 
 logger = logging.getLogger(__name__)
 
-FINETUNE_REPORT_NAME = "finetune_report.json"
 
 
 def train_end_to_end(
@@ -187,9 +186,13 @@ def _describe(
     if describe is not None:
         describe(found, directory)
         return
-    for name in (REPORT_NAME, HTML_NAME):
-        if (source.path / name).is_file():
-            shutil.copyfile(source.path / name, directory / name)
+    if (source.path / REPORT_NAME).is_file():
+        shutil.copyfile(source.path / REPORT_NAME, directory / REPORT_NAME)
+        try:
+            write_html(QuantizeReport.read(directory), directory)
+        except CheckpointError as error:
+            # Of another version: no reason to lose what was trained.
+            logger.warning("no page for the report: %s", error)
 
 
 def _meta(source: Checkpoint) -> Mapping[str, Any]:

@@ -211,6 +211,7 @@ def quantize_checkpoint(
                 versions={"dibit": version("dibit"), "torch": torch.__version__, "python": platform.python_version()},
                 stages=clock.stages,
                 block_rss_bytes=tuple(output.block_rss_bytes),
+                activation_bits=activation_bits,
             )
             report.write(writer.directory)
             write_html(report, writer.directory)
@@ -273,6 +274,8 @@ def _task(
     if isinstance(wanted, Plan):
         # Before the text, which may take a while to read.
         _formats(wanted, listed, method, zero_grid)
+    if text is not None and progress is not None:
+        progress(0, sizes.layers, "reading the calibration text")
     segments = None if text is None else _segments(checkpoint, sizes, text)
     allocation = None
     if isinstance(wanted, Budget):

@@ -20,6 +20,7 @@ from typing import Any
 from dibit.engine.errors import CheckpointError
 
 REPORT_NAME = "quantize_report.json"
+FINETUNE_REPORT_NAME = "finetune_report.json"
 # Shares of the channels at which InputRange gives their largest magnitudes.
 CHANNEL_QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
@@ -192,6 +193,7 @@ class QuantizeReport:
     stages             of this run, in order
     block_rss_bytes    resident memory at the end of each block of block_seconds
     notes              what else came of it, a line each
+    activation_bits    to which the served model rounds the inputs of its linears; None: not at all
     """
 
     model: str
@@ -215,6 +217,7 @@ class QuantizeReport:
     stages: tuple[StageReport, ...] = ()
     block_rss_bytes: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    activation_bits: int | None = None
 
     @classmethod
     def read(cls, directory: Path) -> QuantizeReport:

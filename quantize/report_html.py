@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dibit.quantize.report import CHANNEL_QUANTILES, InputRange, QuantizeReport, SiteReport, TrainingReport, duration
+from dibit.quantize.report_finetune import end_to_end_section
 from dibit.quantize.report_style import STYLE
 from dibit.quantize.report_svg import (
     Series,
@@ -37,22 +38,23 @@ _MOST_ROWS = 200
 
 
 def write_html(report: QuantizeReport, directory: Path) -> Path:
-    """Write the page beside the report, whole or not at all; its path."""
+    """Write the page beside the report, whole or not at all; its path. What finetune reported there is part of it."""
     path = directory / HTML_NAME
     aside = path.with_name(path.name + ".new")
-    aside.write_text(render(report), encoding="utf-8")
+    aside.write_text(render(report, end_to_end=end_to_end_section(directory)), encoding="utf-8")
     aside.replace(path)
     return path
 
 
-def render(report: QuantizeReport) -> str:
-    """The page."""
+def render(report: QuantizeReport, *, end_to_end: str = "") -> str:
+    """The page; `end_to_end` is the content of that section."""
     title = f"{report.model}: {report.method}, {report.bits_per_weight:.2f} bits"
     sections = (
         ("Bits", _bits(report)),
         ("Weight error", _weight_errors(report)),
         ("Output error on the calibration text", _output_errors(report)),
         ("Training", _training(report)),
+        ("End to end", end_to_end),
         ("Activation ranges", _activations(report)),
         ("Time and memory", _costs(report)),
         ("Importance of the blocks", _importance(report)),
@@ -251,6 +253,7 @@ def _notes(report: QuantizeReport) -> str:
             notes += [[str(layer), note] for note in block.notes]
     if notes:
         parts.append(_table(["block", "training"], notes[:_MOST_ROWS]))
+    parts += [f"<p>{escape(note)}</p>" for note in report.notes]
     hidden = max(0, len(report.fallbacks) - _MOST_ROWS) + max(0, len(notes) - _MOST_ROWS)
     if hidden:
         parts.append(f"<p>{hidden} more are in the JSON.</p>")
@@ -260,6 +263,8 @@ def _notes(report: QuantizeReport) -> str:
 def _settings(report: QuantizeReport) -> str:
     rows = [["source", report.source], ["method", report.method]]
     rows += [[f"option {name}", str(value)] for name, value in report.options.items()]
+    if report.activation_bits is not None:
+        rows.append(["activation bits", str(report.activation_bits)])
     if report.calibration is not None:
         rows += [[f"calibration {name.replace('_', ' ')}", str(value)] for name, value in report.calibration.items()]
     rows += [["seed", str(report.seed)], ["threads", str(report.threads)]]

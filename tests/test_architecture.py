@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "bench": {"bench", "server", "quantize", "engine", "kernels"},
 }
 # quantize may use these parts of the engine; evaluation alone uses the runtime.
-EVALUATION = {"evaluate.py", "divergence.py", "tasks.py"}
+EVALUATION = {"evaluate.py", "divergence.py", "likelihood.py", "tasks.py"}
 QUANTIZE_FROM_ENGINE = (
     "dibit.engine.models",
     "dibit.engine.checkpoint",

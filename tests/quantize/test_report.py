@@ -121,6 +121,7 @@ def whole(layers: int = 3, **changes: Any) -> QuantizeReport:
         "versions": {"dibit": "0"},
         "stages": (StageReport("blocks", 90.0, 2**30),),
         "block_rss_bytes": tuple(2**29 for _ in range(layers)),
+        "activation_bits": 8,
     }
     return QuantizeReport(**{**fields, **changes})
 
@@ -185,6 +186,36 @@ def test_the_page_made_again_from_the_json_is_the_same(tmp_path: Path) -> None:
     assert render(again) == render(report)
     assert write_html(again, tmp_path).read_text(encoding="utf-8") == render(report)
     assert sorted(path.name for path in tmp_path.iterdir()) == [HTML_NAME, "quantize_report.json"]
+
+
+def test_the_end_to_end_phase_is_on_the_page(tmp_path: Path) -> None:
+    points = [
+        {"step": step, "loss": loss, "kl": loss, "nll": 3.5, "agreement": None}
+        for step, loss in ((0, 0.5), (4, 0.25), (8, 0.3))
+    ]
+    data = {
+        "losses": [[4, 0.4], [8, None]],
+        "held_out": points,
+        "best_step": 4,
+        "notes": [EVIL],
+        "trained": 1234,
+        "tokens": 77,
+        "seconds": 3.0,
+        "tokens_per_s": 25.0,
+    }
+    path = tmp_path / "finetune_report.json"
+    path.write_text(json.dumps(data))
+    text = write_html(whole(notes=(f"second {EVIL}",)), tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
+    for words in ("1234 numbers trained on 77 tokens", "KL from the float model", "0.25", "second"):
+        assert words in page.text
+    assert page.text.count("alert(1)") == 2
+    assert "script" not in page.tags
+    assert "same first choice" not in text
+    for broken in ("{}", "[", json.dumps({**data, "best_step": 5}), json.dumps({**data, "held_out": []})):
+        path.write_text(broken)
+        with pytest.raises(CheckpointError, match="not a report of this version"):
+            write_html(whole(), tmp_path)
 
 
 def test_reports_of_other_versions_and_broken_ones(tmp_path: Path) -> None:
