@@ -1,11 +1,12 @@
-"""Do GPTQ checkpoints pass between dibit and GPTQModel unchanged? Both directions, every weight, to the bit.
+"""Do GPTQ and AWQ checkpoints pass between dibit and GPTQModel unchanged? Every weight, to the bit.
 
     python -m venv /path/to/side && /path/to/side/bin/pip install gptqmodel
     python -m dibit.bench.interop_gptq --python /path/to/side/bin/python
 
 A tiny random Llama is quantized by GPTQModel (in its own environment) and opened by dibit, then quantized by dibit and
-opened by GPTQModel. In each case the weights that dibit dequantizes must equal those that GPTQModel's own modules
-dequantize. A JSON line per case goes to stdout; the exit status is 1 when any differs. Needs no network and no GPU.
+opened by GPTQModel (in AWQ's form too). In each case the weights that dibit dequantizes must equal those that
+GPTQModel's own modules dequantize. A JSON line per case goes to stdout; the exit status is 1 when any differs. Needs no
+network and no GPU. `--only-by-dibit` leaves out the slow half, in which GPTQModel quantizes.
 
 This file runs in both environments: the halves import what belongs to theirs.
 """
@@ -34,8 +35,17 @@ BY_TOOL = (
     (2, 64, False, "gptq_v2"),
     (8, 128, True, "gptq_v2"),
 )
-# (bits, group size) of each of the two layers; the last case needs `dynamic`
-BY_DIBIT = (((2, 32), (2, 32)), ((3, 32), (3, 32)), ((4, 64), (4, 64)), ((8, -1), (8, -1)), ((4, 64), (2, 32)))
+# (bits, group size) of each of the two layers, export; the mixed case needs `dynamic`
+BY_DIBIT = (
+    (((2, 32), (2, 32)), "gptq"),
+    (((3, 32), (3, 32)), "gptq"),
+    (((4, 64), (4, 64)), "gptq"),
+    (((8, -1), (8, -1)), "gptq"),
+    (((4, 64), (2, 32)), "gptq"),
+    # Symmetric: GPTQModel refuses asymmetric files of version 1 that it did not write itself.
+    (((4, 64), (4, 64)), "gptq-v1"),
+    (((4, 32), (4, 32)), "awq"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Case:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", type=Path, required=True, help="python of the environment that has gptqmodel")
+    parser.add_argument("--only-by-dibit", action="store_true", help="leave out what GPTQModel quantizes")
     parser.add_argument("--as-tool", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.as_tool:
@@ -69,18 +80,19 @@ def main() -> int:
             _work_as_tool(job)
         return 0
     with tempfile.TemporaryDirectory(prefix="dibit-interop-") as folder:
-        cases = _run(arguments.python, Path(folder))
+        by_tool = () if arguments.only_by_dibit else BY_TOOL
+        cases = _run(arguments.python, Path(folder), by_tool)
     for case in cases:
         print(json.dumps(asdict(case)))
     return int(any(case.max_difference > 0 for case in cases))
 
 
-def _run(python: Path, folder: Path) -> list[Case]:
+def _run(python: Path, folder: Path, by_tool: tuple[tuple[int, int, bool, str], ...]) -> list[Case]:
     """This environment's half: makes the model, has the other tool work, compares."""
     model = folder / "model"
     _make_model(model)
     jobs: list[dict[str, Any]] = []
-    for bits, group_size, symmetric, label in BY_TOOL:
+    for bits, group_size, symmetric, label in by_tool:
         out = folder / f"tool-{bits}-{group_size}-{symmetric}-{label}"
         jobs.append(
             {
@@ -92,10 +104,10 @@ def _run(python: Path, folder: Path) -> list[Case]:
                 "format": label,
             }
         )
-    for number, formats in enumerate(BY_DIBIT):
+    for number, (formats, to) in enumerate(BY_DIBIT):
         out = folder / f"dibit-{number}"
-        _quantize(model, out, formats)
-        jobs.append({"out": str(out)})
+        _quantize(model, out, formats, to=to)
+        jobs.append({"out": str(out), "awq": to == "awq"})
     note = folder / "jobs.json"
     note.write_text(json.dumps(jobs))
     command = [str(python), "-P", __file__, "--python", str(python), "--as-tool", str(note)]
@@ -132,17 +144,19 @@ def _make_model(out: Path) -> None:
     demo.close()
 
 
-def _quantize(model: Path, out: Path, formats: tuple[tuple[int, int], ...]) -> None:
+def _quantize(model: Path, out: Path, formats: tuple[tuple[int, int], ...], *, to: str) -> None:
     from dibit.engine.checkpoint import CheckpointWriter, open_checkpoint
+    from dibit.engine.checkpoint.dispatch import EXPORTS
     from dibit.kernels.formats import Format
 
     source = open_checkpoint(model)
-    writer = CheckpointWriter(out, source)
+    writer = CheckpointWriter(out, source, export=EXPORTS[to])
     for name in source.names():
         if name.endswith("_proj.weight"):
             w = source.tensor(name)
             form = Format(*formats[int(name.split(".")[2])])
-            writer.add_quantized(name.removesuffix(".weight"), form.encode(w, *form.ranges(w)))
+            scales, zeros = form.ranges(w, symmetric=to == "gptq-v1")
+            writer.add_quantized(name.removesuffix(".weight"), form.encode(w, scales, zeros))
         else:
             writer.add_float(name, source.tensor(name))
     writer.finish(method="rtn")
@@ -157,7 +171,7 @@ def _compare(checkpoint_dir: Path, written_by: str) -> Case:
 
     expected = load_file(checkpoint_dir.with_suffix(".expected"))
     checkpoint = open_checkpoint(checkpoint_dir)
-    packed = [name.removesuffix(".qweight") for name in checkpoint.names() if name.endswith(".qweight")]
+    packed = checkpoint.packed()
     if set(packed) != set(expected) or not packed:
         raise SystemExit(f"{checkpoint_dir}: packed modules differ: {set(packed) ^ set(expected)}")
     worst, weights = 0.0, 0
@@ -169,7 +183,7 @@ def _compare(checkpoint_dir: Path, written_by: str) -> Case:
         worst = max(worst, float((dequantize(q).half() - expected[module].half()).abs().max()))
         weights += q.codes.numel()
     quantization, decision = checkpoint.quantization, checkpoint.zero_decision()
-    if quantization is None or decision is None:
+    if quantization is None:
         raise SystemExit(f"{checkpoint_dir} has no quantization config")
     return Case(
         writer=written_by,
@@ -181,7 +195,7 @@ def _compare(checkpoint_dir: Path, written_by: str) -> Case:
         modules=len(packed),
         weights=weights,
         max_difference=worst,
-        reason=decision.reason,
+        reason="" if decision is None else decision.reason,
         versions=json.loads(checkpoint_dir.with_suffix(".versions").read_text()),
     )
 
@@ -204,12 +218,17 @@ def _work_as_tool(job: dict[str, Any]) -> None:
         model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=1)
         model.save(str(out))
     # Scales are float16 on disk; any other type here would round them before the product.
-    loaded = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
-    weights = {
-        name.removeprefix("model.model.").replace("model.layers", "layers"): module.dequantize_weight().T.contiguous()
-        for name, module in loaded.named_modules()
-        if hasattr(module, "dequantize_weight")
-    }
+    backend = BACKEND.AWQ_TORCH if job.get("awq") else BACKEND.TORCH
+    loaded = GPTQModel.load(str(out), backend=backend, device="cpu", dtype=torch.float16)
+    weights = {}
+    with torch.inference_mode():
+        for name, module in loaded.named_modules():
+            if not hasattr(module, "qweight"):
+                continue
+            # AWQ's module shows its weight only by multiplying; with ones and zeros that is exact.
+            unit = torch.eye(module.in_features, dtype=torch.float16)
+            w = module(unit) if job.get("awq") else module.dequantize_weight()
+            weights[name.removeprefix("model.model.").replace("model.layers", "layers")] = w.T.contiguous()
     save_file({f"model.{name}": weight for name, weight in weights.items()}, out.with_suffix(".expected"))
     names = ("gptqmodel", "torch", "transformers")
     out.with_suffix(".versions").write_text(json.dumps({name: version(name) for name in names}))

@@ -37,7 +37,7 @@ def transformers_model(path: Path) -> Any:
         module, _, leaf = name.rpartition(".")
         if checkpoint.has(name):
             state[name] = checkpoint.tensor(name).float()
-        elif leaf == "weight" and checkpoint.has(f"{module}.qweight"):
+        elif leaf == "weight" and module in checkpoint.packed():
             packed = checkpoint.linear(module)
             assert isinstance(packed, QTensor)
             state[name] = dequantize(packed)
