@@ -55,7 +55,7 @@ class AffineQuant:
     held_out          share of the calibration sequences that chooses the state to keep
     search            start from the ranges of least weight error instead of nearly the whole ones
     clip_rate         learning rate of the clipping logits
-    transform_down    learn scales between up and down too
+    transform_down    learn scales between up and down too, as is always done where activations are rounded
     transform_rate    learning rate of the logarithms of the scales
     alpha             share of the inputs, against the weights, in the first scales
     values            learn matrices between v and o
@@ -82,7 +82,7 @@ class AffineQuant:
     values: bool = True
     pairs: bool = True
     affine_rate: float = 5e-3
-    stability: float = 1.0
+    stability: float = 0.1
     stages: int = 8
     dense: bool = False
     dense_stability: float = 0.1

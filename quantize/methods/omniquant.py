@@ -12,13 +12,14 @@ Where activations are rounded too, the block is trained with the inputs of all i
 it, and the scales take loud channels of the inputs over into the weights. The paper then also learns scales between q
 and k; here q and k are not rounded after RoPE, and a scale on rows that have scales of their own changes no code.
 
-The transform starts as in the paper, (max |x|)^α / (max |w|)^(1-α), or from no scaling where that loses less on the
-held-out text. Clipping starts from the range of least weight error (rtn.py), which few steps do not reach from the
-paper's σ = 0.982 at low widths; `search=false` starts there. Other than in the released code, gradients pass through
-the zero point, which makes them exact for weights that are cut off, and scales are trained as logarithms, so that they
-stay positive without being cut off. Where rounding to nearest loses less on the held-out text, the block is rounded
-to nearest. At 2 bits the wanted output is halfway between that of the float model and what the float block makes of the
-quantized blocks' hidden states, the paper's second loss.
+The transform starts as in the paper, (max |x|)^α / (max |w|)^(1-α), or from no scaling, or, where activations are
+rounded, from the α that SmoothQuant finds for each site: from what loses least on the held-out text. Clipping starts
+from the range of least weight error (rtn.py), which few steps do not reach from the paper's σ = 0.982 at low widths;
+`search=false` starts there. Other than in the released code, gradients pass through the zero point, which makes them
+exact for weights that are cut off, and scales are trained as logarithms, so that they stay positive without being cut
+off. Where rounding to nearest loses less on the held-out text, the block is rounded to nearest. At 2 bits the wanted
+output is halfway between that of the float model and what the float block makes of the quantized blocks' hidden states,
+the paper's second loss.
 
 The options that matter: `steps`, and with few of them `clip_rate`.
 """
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -42,7 +44,7 @@ from dibit.quantize.block import BlockJob, QuantizedBlock, low_bit_block, rounde
 from dibit.quantize.fake_quantize import fake_quantize, straight
 from dibit.quantize.fold import copied, fold, input_width
 from dibit.quantize.methods.rtn import choose_ranges
-from dibit.quantize.methods.smoothquant import magnitudes
+from dibit.quantize.methods.smoothquant import magnitudes, search
 from dibit.quantize.report import TrainingReport
 from dibit.quantize.stats import Need
 from dibit.quantize.trainer import Data, Group, Schedule, TrainingFailure, held_out_loss, prepare, train
@@ -53,6 +55,8 @@ FIRST_SHARE = 0.982
 LEAST_SHARE = 0.05
 # At this many bits the released settings also compare with the float block on the quantized blocks' hidden states.
 OWN_INPUTS_BITS = 2
+# Values of α that are tried for each site where activations are rounded.
+ALPHAS = 9
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class OmniQuant:
     search          start from the ranges of least weight error instead of nearly the whole ones
     clip_rate       learning rate of the clipping logits
     transform       learn scales at the norms and between v and o
-    transform_down  learn scales between up and down too
+    transform_down  learn scales between up and down too, as is always done where activations are rounded
     transform_rate  learning rate of the logarithms of the scales
     alpha           share of the inputs, against the weights, in the first scales
     """
@@ -114,15 +118,22 @@ class OmniQuant:
         return Task(job, data, rounded, held_out_loss(job, nearest, data))
 
     def start(self, task: Task) -> Learned:
+        """The one of several first scales that loses least."""
         job, data = task.job, task.data
-        keys = ("qkv", "o", "gate_up", "down")[: 4 if self.transform_down else 3] if self.transform else ()
-        plain = Learned(self, job, {key: torch.zeros(input_width(job.block.sizes, key)) for key in keys})
-        if not keys:
-            return plain
-        scaled = Learned(self, job, {key: magnitudes(job, data, key).scales(self.alpha).log() for key in keys})
+        if not self.transform:
+            return Learned(self, job, {})
+        down = self.transform_down or job.activation_bits is not None
+        keys = ("qkv", "o", "gate_up", "down")[: 4 if down else 3]
+        none = {key: torch.zeros(input_width(job.block.sizes, key)) for key in keys}
+        firsts = [none, {key: magnitudes(job, data, key).scales(self.alpha).log() for key in keys}]
+        if job.activation_bits is not None:
+            found = search(job, data, symmetric=self.symmetric, tries=ALPHAS).scales
+            firsts.append({**none, **{key: scales.log() for key, scales in found.items()}})
+        tried = [Learned(self, job, scales) for scales in firsts]
         with torch.no_grad():
-            losses = [held_out_loss(job, tried.block(), data) for tried in (plain, scaled)]
-        return scaled if losses[1] < losses[0] else plain
+            losses = [held_out_loss(job, learned.block(), data) for learned in tried]
+        order = sorted(range(len(tried)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        return tried[order[0]]
 
 
 @dataclass(frozen=True)

@@ -65,47 +65,58 @@ class SmoothQuant:
     def _schedule(self) -> Schedule:
         return Schedule(steps=1, batch=1, held_out=self.held_out)
 
-    @torch.no_grad()
     def quantize_block(self, job: BlockJob) -> QuantizedBlock:
         """Raises SiteFailure when the hidden states are not finite."""
-        data = prepare(job, self._schedule())
-        chosen = self._rounded(job, copied(job.block), data)
-        if not math.isfinite(chosen.loss):
-            raise SiteFailure("the hidden states seen during calibration are not finite")
-        first, alphas = chosen.loss, []
-        for key in KEYS:
-            job.tell(f"layers.{job.layer}, scales of {key}")
-            found = magnitudes(job, data, key)
-            best, alpha = chosen, None
-            for tried in (i / (self.tries + 1) for i in range(1, self.tries + 1)):
-                block = copied(chosen.block)
-                fold(block, key, found.scales(tried), stored=job.float_type)
-                rounded = self._rounded(job, block, data)
-                if rounded.loss < best.loss:
-                    best, alpha = rounded, tried
-            chosen = best
-            alphas.append(f"{key} {'none' if alpha is None else f'{alpha:.2g}'}")
-        logger.info("layers.%d: loss %.4g from %.4g, α %s", job.layer, chosen.loss, first, ", ".join(alphas))
-        return QuantizedBlock.folded(job, chosen.block, chosen.weights)
-
-    def _rounded(self, job: BlockJob, block: Block, data: Data) -> _Rounded:
-        rtn = RTN(symmetric=self.symmetric)
-        weights = {
-            site.name: rtn.quantize(cast(FloatLinear, block.linears[site.key]).weight, job.formats[site.name], Stats())
-            for site in job.sites
-        }
-        low = rounded_inputs(low_bit_block(dataclasses.replace(job, block=block), weights), job.activation_bits)
-        loss = held_out_loss(job, low, data)
-        return _Rounded(block, weights, loss if math.isfinite(loss) else math.inf)
+        found = search(job, prepare(job, self._schedule()), symmetric=self.symmetric, tries=self.tries)
+        return QuantizedBlock.folded(job, found.block, found.weights)
 
 
 @dataclass(frozen=True)
-class _Rounded:
-    """A block with scales folded in, its weights rounded to nearest, and what that loses."""
+class Smoothed:
+    """A block with scales folded in.
 
+    scales   by site key, [input_width]; what was not worth scaling is left out
+    weights  rounded to nearest, by site name
+    loss     of the rounded block on the held-out text
+    """
+
+    scales: dict[str, Tensor]
     block: Block
     weights: dict[str, QTensor]
     loss: float
+
+
+@torch.no_grad()
+def search(job: BlockJob, data: Data, *, symmetric: bool, tries: int) -> Smoothed:
+    """The scales of least loss, site by site. Raises SiteFailure when the hidden states are not finite."""
+    chosen = _rounded(job, {}, copied(job.block), data, symmetric=symmetric)
+    if not math.isfinite(chosen.loss):
+        raise SiteFailure("the hidden states seen during calibration are not finite")
+    first, alphas = chosen.loss, []
+    for key in KEYS:
+        job.tell(f"layers.{job.layer}, scales of {key}")
+        found = magnitudes(job, data, key)
+        best, alpha = chosen, None
+        for tried in (i / (tries + 1) for i in range(1, tries + 1)):
+            block, scales = copied(chosen.block), found.scales(tried)
+            fold(block, key, scales, stored=job.float_type)
+            rounded = _rounded(job, {**chosen.scales, key: scales}, block, data, symmetric=symmetric)
+            if rounded.loss < best.loss:
+                best, alpha = rounded, tried
+        chosen = best
+        alphas.append(f"{key} {'none' if alpha is None else f'{alpha:.2g}'}")
+    logger.info("layers.%d: loss %.4g from %.4g, α %s", job.layer, chosen.loss, first, ", ".join(alphas))
+    return chosen
+
+
+def _rounded(job: BlockJob, scales: dict[str, Tensor], block: Block, data: Data, *, symmetric: bool) -> Smoothed:
+    rtn = RTN(symmetric=symmetric)
+    weights = {
+        site.name: rtn.quantize(cast(FloatLinear, block.linears[site.key]).weight, job.formats[site.name], Stats())
+        for site in job.sites
+    }
+    low = rounded_inputs(low_bit_block(dataclasses.replace(job, block=block), weights), job.activation_bits)
+    return Smoothed(scales, block, weights, held_out_loss(job, low, data))
 
 
 @dataclass(frozen=True)
