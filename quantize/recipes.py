@@ -1,7 +1,7 @@
 """Named combinations of a method, its options and the amount of text: what was found to work best for its time.
 
-A recipe is nothing but a list of settings that could be given one by one; the report of a run holds all of them. Each
-stage in it pays for itself on SmolLM2-135M (docs/quantize.md has the figures); what does not is not in it.
+A recipe is nothing but a list of settings that could be given one by one; the report of a run holds all of them.
+docs/quantize.md has the figures of what is in one and of what was left out.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "fast": Recipe(
         "gptq",
-        {"asymmetric": True, "fisher": True},
-        summary="GPTQ towards the float model's outputs, tokens weighted by what errors cost: minutes",
+        {"asymmetric": True},
+        summary="GPTQ towards the float model's outputs: minutes",
     ),
     "best": Recipe(
         "efficientqat",

@@ -24,8 +24,8 @@ def test_a_recipe_stands_for_explicit_settings(name: str) -> None:
 
 
 def test_options_of_a_recipe_can_be_changed() -> None:
-    changed = recipe("fast").make({"damp": 0.05, "fisher": False})
-    assert changed == GPTQ(asymmetric=True, damp=0.05)
+    changed = recipe("fast").make({"damp": 0.05, "refit": False})
+    assert changed == GPTQ(asymmetric=True, damp=0.05, refit=False)
     with pytest.raises(ConfigError, match="has no option steps"):
         recipe("fast").make({"steps": 3})
     with pytest.raises(ConfigError, match=r"recipe 'fastest' is not known; supported: fast, best"):
