@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from dibit.bench.bandwidth import read_bandwidth
 from dibit.bench.machine import MachineFacts, machine_facts
-from dibit.bench.profile import OpTime, format_profile, profile_step
+from dibit.bench.step_profile import OpTime, format_profile, profile_step
 from dibit.engine.build import build_core
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.core import EngineCore
