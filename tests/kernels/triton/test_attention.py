@@ -77,9 +77,10 @@ class Case:
         return out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "d"), [(4, 4, 16), (6, 2, 24), (9, 1, 32)], ids=["mha", "gqa-3", "mqa-9"]
+    ("heads", "kv_heads", "d", "dtype"),
+    [(4, 4, 16, torch.float32), (6, 2, 24, torch.float16), (9, 1, 32, torch.float16)],
+    ids=["mha-fp32", "gqa-fp16", "mqa-fp16"],
 )
 def test_decode_and_chunks_of_one_step(heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> None:
     case = Case([1, 37, 21, 64], [1, 1, 21, 3], heads, kv_heads, d, dtype)
