@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from random_blocks import run
 from dibit.engine.checkpoint import open_checkpoint
 from dibit.engine.errors import ConfigError
 from dibit.engine.models.decoder import Block
-from dibit.kernels.formats import QTensor
+from dibit.kernels.formats import Format, QTensor
 from dibit.quantize import quantize_checkpoint
 from dibit.quantize.methods import affinequant
 from dibit.quantize.methods.affinequant import AffineQuant
@@ -57,6 +58,18 @@ def test_what_is_trained_is_what_is_packed(tmp_path: Path, bits: int, float_type
         if float_type == torch.float32:
             difference = run(learned.folded(), x) - run(job.block, x)
             assert float(difference.norm() / run(job.block, x).norm()) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_fractional_zero_points_are_trained_as_they_are_packed(tmp_path: Path, bits: int) -> None:
+    job = make_job(tmp_path, bits=bits)
+    job = dataclasses.replace(job, formats={name: Format(bits, 16, "fractional") for name in job.formats})
+    learned, _ = learned_transforms(job)
+    x = torch.randn(2, 12, job.block.sizes.hidden)
+    with torch.no_grad():
+        block, weights = learned.quantized()
+        assert torch.equal(run(learned.block(), x), run(packed_block(job, block, weights), x))
+        assert all(bool((weight.zeros == 2).any()) for weight in weights.values())
 
 
 def test_every_parameter_is_reached_by_the_loss(tmp_path: Path) -> None:
