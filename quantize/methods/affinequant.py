@@ -81,7 +81,7 @@ class AffineQuant:
     alpha: float = 0.5
     values: bool = True
     pairs: bool = True
-    affine_rate: float = 5e-3
+    affine_rate: float = 2e-2
     stability: float = 0.1
     stages: int = 8
     dense: bool = False
