@@ -50,7 +50,6 @@ from dibit.quantize.streams import StreamConfig
 logger = logging.getLogger(__name__)
 
 
-
 def train_end_to_end(
     checkpoint: str,
     out: Path,
