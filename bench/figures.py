@@ -27,27 +27,36 @@ ORACLE = [sys.executable, "-m", "dibit.bench.oracle"]
 JUDGED = ("float", "rtn-4", "gptq-4")
 
 
+PAPERS_GPTQ = "--method gptq -O range_search=false -O static_groups=false -O act_order=false -O refit=false"
+TEXT = "--samples 128 --sequence-length 512"
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table; method None is the float model as it comes."""
+    """A row of the table; `words` are options of `dibit quantize`, empty for the float model as it comes."""
 
-    method: str | None
-    bits: int
+    name: str
+    title: str
+    words: str = ""
 
     @property
-    def name(self) -> str:
-        return "float" if self.method is None else f"{self.method}-{self.bits}"
+    def learns(self) -> bool:
+        return "--method rtn" not in self.words
 
 
 VARIANTS = (
-    Variant(None, 32),
-    Variant("rtn", 8),
-    Variant("rtn", 4),
-    Variant("gptq", 4),
-    Variant("rtn", 3),
-    Variant("gptq", 3),
-    Variant("rtn", 2),
-    Variant("gptq", 2),
+    Variant("float", "float32"),
+    *(Variant(f"rtn-{bits}", f"{bits} bits, RTN", f"--method rtn --bits {bits}") for bits in (8, 4, 3, 2)),
+    *(
+        Variant(f"gptq-{bits}", f"{bits} bits, the paper's GPTQ", f"{PAPERS_GPTQ} --bits {bits} {TEXT}")
+        for bits in (4, 3, 2)
+    ),
+    Variant("fast-2", "2 bits, `--recipe fast`", "--recipe fast --bits 2 --samples 64"),
+    Variant(
+        "fast-fractional-2",
+        "2 bits, `--recipe fast --zero-grid fractional`",
+        "--recipe fast --zero-grid fractional --bits 2 --samples 64",
+    ),
 )
 
 
@@ -67,25 +76,23 @@ def main() -> None:
             make(variant, args)
         for variant in VARIANTS:
             measure(variant, args)
+        speeds(args)
     print(table(args))
 
 
 def place(variant: Variant, args: argparse.Namespace) -> str:
-    return args.model if variant.method is None else str(args.models / variant.name)
+    return str(args.models / variant.name) if variant.words else args.model
 
 
 def make(variant: Variant, args: argparse.Namespace) -> None:
-    if variant.method is None or Path(place(variant, args)).exists():
+    if not variant.words or Path(place(variant, args)).exists():
         return
-    words = ["quantize", args.model, "--out", place(variant, args), "--method", variant.method]
-    words += ["--bits", str(variant.bits), "--group-size", "64"]
-    if variant.method != "rtn":
-        words += ["--calibration", str(args.calibration), "--samples", "128", "--sequence-length", "512"]
-    run(words)
+    words = ["quantize", args.model, "--out", place(variant, args), "--group-size", "64", *variant.words.split()]
+    run([*words, "--calibration", str(args.calibration)] if variant.learns else words)
 
 
 def measure(variant: Variant, args: argparse.Namespace) -> None:
-    quality, speed = (args.results / f"{variant.name}-{kind}.json" for kind in ("ppl", "decode"))
+    quality = args.results / f"{variant.name}-ppl.json"
     if not quality.exists():
         words = ["eval", "ppl", place(variant, args), "--text", str(args.test), "--ctx", "2048"]
         run([*words, "--max-windows", str(args.windows), "--json", str(quality)])
@@ -93,10 +100,21 @@ def measure(variant: Variant, args: argparse.Namespace) -> None:
     if variant.name in JUDGED and not judged.exists():
         words = [place(variant, args), "--text", str(args.test), "--ctx", "2048"]
         run([*words, "--max-windows", str(args.windows), "--json", str(judged)], command=ORACLE)
+
+
+def speeds(args: argparse.Namespace) -> None:
+    """All widths in one process, taking turns: the machine's drift is in none of the ratios. The float model apart."""
     # Speed does not depend on how the integers were chosen.
-    if variant.method != "gptq" and not speed.exists():
-        words = ["bench", "decode", place(variant, args), "--prompt-len", "512", "--gen-len", "128"]
-        run([*words, "--batch-sizes", "1,8,32", "--json", str(speed)])
+    low = [place(variant, args) for variant in VARIANTS if variant.words and not variant.learns]
+    for models, name in ((low, "decode"), ([args.model], "float-decode")):
+        speed = args.results / f"{name}.json"
+        if not speed.exists():
+            words = ["bench", "decode", *models, "--prompt-len", "32", "--gen-len", "128", "--batch-sizes", "1,8,32"]
+            profile = ["--profile"] if models is low else []  # float models have no tape to look into
+            run([*words, *profile, "--repeats", "5", "--json", str(speed)])
+    speed = args.results / "decode-512.json"
+    if not speed.exists():
+        run(["bench", "decode", *low, "--prompt-len", "512", "--gen-len", "128", "--json", str(speed)])
 
 
 def run(words: list[str], command: list[str] = DIBIT) -> None:
@@ -107,29 +125,34 @@ def run(words: list[str], command: list[str] = DIBIT) -> None:
 
 def table(args: argparse.Namespace) -> str:
     lines = [
-        "| weights | size MB | perplexity | prefill tok/s | decode tok/s, batch 1 | 8 | 32 | of bandwidth |",
+        "| weights | size MB | perplexity | in transformers | decode tok/s, batch 1 | 8 | 32 | of bandwidth |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    by_model = {
+        (Path(entry["model"]).name, entry["batch"]): entry
+        for name in ("decode", "float-decode")
+        if (args.results / f"{name}.json").exists()
+        for entry in read(args.results / f"{name}.json")
+    }
     for variant in VARIANTS:
-        quality = args.results / f"{variant.name}-ppl.json"
-        ppl = f"{read(quality)['ppl']:.2f}" if quality.exists() else "not measured"
-        speeds = args.results / f"{variant.name}-decode.json"
-        cells = ["", "", "", "", ""]
-        if speeds.exists():
-            by_batch = {entry["batch"]: entry for entry in read(speeds)}
-            cells = [
-                f"{by_batch[1]['prefill_tok_s']:.0f}",
-                *(f"{by_batch[batch]['decode_tok_s']:.0f}" for batch in (1, 8, 32)),
-                f"{by_batch[1]['bandwidth_share']:.0%}",
-            ]
-        name = "float32" if variant.method is None else f"{variant.bits} bits, {variant.method.upper()}"
-        lines.append("| " + " | ".join([name, size(variant, args), ppl, *cells]) + " |")
+        entries = [by_model.get((Path(place(variant, args)).name, batch)) for batch in (1, 8, 32)]
+        cells = ["" if entry is None else f"{entry['decode_tok_s']:.0f}" for entry in entries]
+        cells.append("" if entries[0] is None else f"{entries[0]['bandwidth_share']:.0%}")
+        quality = [ppl(args.results / f"{variant.name}-{kind}.json") for kind in ("ppl", "transformers")]
+        lines.append("| " + " | ".join([variant.title, size(variant, args), *quality, *cells]) + " |")
     return "\n".join(lines)
+
+
+def ppl(path: Path) -> str:
+    if not path.exists():
+        return ""
+    found = read(path)["ppl"]
+    return f"{found:.2f}" if found < 100 else f"{found:.3g}"
 
 
 def size(variant: Variant, args: argparse.Namespace) -> str:
     """Megabytes of weights on disk, of float models as float16 (what a Hub checkpoint of them takes)."""
-    if variant.method is None:
+    if not variant.words:
         return f"{inspect_checkpoint(resolve_model(args.model)).parameters * 2 / 1e6:.0f}"
     files = Path(place(variant, args)).glob("*.safetensors")
     return f"{sum(file.stat().st_size for file in files) / 1e6:.0f}"
