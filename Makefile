@@ -58,5 +58,5 @@ $(VENV)/.installed: $(VENV)/.created $(SOURCES)
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(PIP) --editable '.[test,lint]'
+	$(PIP) --editable '.[test,lint,gpu]'
 	@touch $@
