@@ -114,7 +114,8 @@ def speeds(args: argparse.Namespace) -> None:
             run([*words, *profile, "--repeats", "5", "--json", str(speed)])
     speed = args.results / "decode-512.json"
     if not speed.exists():
-        run(["bench", "decode", *low, "--prompt-len", "512", "--gen-len", "128", "--json", str(speed)])
+        words = ["bench", "decode", *low, "--prompt-len", "512", "--gen-len", "64", "--batch-sizes", "1,8"]
+        run([*words, "--repeats", "5", "--json", str(speed)])
 
 
 def run(words: list[str], command: list[str] = DIBIT) -> None:
@@ -125,18 +126,22 @@ def run(words: list[str], command: list[str] = DIBIT) -> None:
 
 def table(args: argparse.Namespace) -> str:
     lines = [
-        "| weights | size MB | perplexity | in transformers | decode tok/s, batch 1 | 8 | 32 | of bandwidth |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| weights | MB | ppl | in transformers | prefill tok/s | decode tok/s at batch 1 | 8 | 32 | of bandwidth |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     by_model = {
         (Path(entry["model"]).name, entry["batch"]): entry
-        for name in ("decode", "float-decode")
+        for name in ("float-decode", "decode")
         if (args.results / f"{name}.json").exists()
         for entry in read(args.results / f"{name}.json")
     }
+    longer = args.results / "decode-512.json"
+    prefill = {Path(e["model"]).name: e for e in read(longer) if e["batch"] == 1} if longer.exists() else {}
     for variant in VARIANTS:
         entries = [by_model.get((Path(place(variant, args)).name, batch)) for batch in (1, 8, 32)]
         cells = ["" if entry is None else f"{entry['decode_tok_s']:.0f}" for entry in entries]
+        entry = prefill.get(Path(place(variant, args)).name)
+        cells.insert(0, "" if entry is None else f"{entry['prefill_tok_s']:.0f}")
         cells.append("" if entries[0] is None else f"{entries[0]['bandwidth_share']:.0%}")
         quality = [ppl(args.results / f"{variant.name}-{kind}.json") for kind in ("ppl", "transformers")]
         lines.append("| " + " | ".join([variant.title, size(variant, args), *quality, *cells]) + " |")
