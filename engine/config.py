@@ -51,7 +51,7 @@ class EngineConfig:
     kv_bytes: int | None = None
     kv_memory_share: float = 0.5
     kv_type: KVType = "auto"
-    head_bits: Literal[8, 16] = 8
+    head_bits: Literal[4, 8, 16] = 8
     gptq_zero: GPTQZero = "auto"
     threads: int | None = None
     prefix_cache: bool = True
@@ -72,8 +72,8 @@ class EngineConfig:
             )
         if not 0 < self.kv_memory_share <= 0.95:
             raise ConfigError(f"kv_memory_share is {self.kv_memory_share}; it must lie in (0, 0.95]")
-        if self.head_bits not in (8, 16):
-            raise ConfigError(f"head_bits is {self.head_bits}; supported: 8, 16")
+        if self.head_bits not in (4, 8, 16):
+            raise ConfigError(f"head_bits is {self.head_bits}; supported: 4, 8, 16")
         for name, allowed in (
             ("device", ("auto", "cpu", "cuda")),
             ("backend", ("auto", "cpu", "triton", "reference")),

@@ -7,7 +7,8 @@ A checkpoint may say to which width the inputs of its quantized linears are roun
 head, whose input decides between tokens.
 
 Unquantized checkpoints are computed in float32. Under low-bit weights the token embedding and the head are held at 8
-bits (RTN, asymmetric, groups of 64 columns or a divisor), once if they are tied; head_bits=16 keeps their floats.
+bits (RTN, asymmetric, groups of 64 columns or a divisor), once if they are tied; head_bits=4 holds them at 4, and
+16 keeps their floats.
 """
 
 from __future__ import annotations
@@ -105,9 +106,9 @@ def body_format(weights: Weights, arch: Arch, sizes: Sizes) -> Format | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def head_format(hidden: int) -> Format:
-    """Format of an embedding or head held at 8 bits."""
-    return Format(8, next((g for g in HEAD_GROUPS if hidden % g == 0), PER_CHANNEL))
+def head_format(hidden: int, bits: int) -> Format:
+    """Format of an embedding or head held at 8 or 4 bits."""
+    return Format(bits, next((g for g in HEAD_GROUPS if hidden % g == 0), PER_CHANNEL))
 
 
 def round_to_nearest(w: Tensor, format: Format) -> QTensor:
@@ -177,7 +178,7 @@ class _Loader:
         )
 
     def _ends(self) -> tuple[Callable[[Tensor], Tensor], Linear]:
-        sizes, low_bit = self.sizes, self.format is not None and self.config.head_bits == 8
+        sizes, low_bit = self.sizes, self.format is not None and self.config.head_bits < 16
         name, shape = f"{self.arch.embedding}.weight", (sizes.vocab, sizes.hidden)
         if not low_bit:
             dtype = torch.float32 if sizes.tied_head else self.weights.info(name).dtype
@@ -186,8 +187,9 @@ class _Loader:
                 return FloatEmbedding(table), FloatLinear(table)
             self.table_bytes = table.nbytes
             return FloatEmbedding(table), self._head()
-        packed = self._pack(round_to_nearest(self._stored(name, shape), head_format(sizes.hidden)))
-        rows = self._resolve("embedding", head_format(sizes.hidden))
+        held = head_format(sizes.hidden, self.config.head_bits)
+        packed = self._pack(round_to_nearest(self._stored(name, shape), held))
+        rows = self._resolve("embedding", held)
         embedding = PackedEmbedding(rows.run, packed.weight)
         if sizes.tied_head:
             return embedding, packed
@@ -199,8 +201,8 @@ class _Loader:
         found = read_linear(self.weights, part, self.sizes.hidden)
         if isinstance(found, QTensor):
             return self._pack(found)
-        if self.format is not None and self.config.head_bits == 8:
-            return self._pack(round_to_nearest(found, head_format(self.sizes.hidden)))
+        if self.format is not None and self.config.head_bits < 16:
+            return self._pack(round_to_nearest(found, head_format(self.sizes.hidden, self.config.head_bits)))
         return FloatLinear(self._held(found.float()))
 
     def _block(self, layer: int) -> Block:

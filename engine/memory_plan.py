@@ -288,14 +288,14 @@ def _site_bytes(weights: Weights, site: LinearSite, config: EngineConfig) -> int
 def _end_bytes(weights: Weights, arch: Arch, sizes: Sizes, config: EngineConfig, *, quantized: bool) -> int:
     """Embedding and head."""
     elements = sizes.vocab * sizes.hidden
-    if quantized and config.head_bits == 8:
-        one = packed_bytes(sizes.vocab, sizes.hidden, head_format(sizes.hidden), config=config)
+    if quantized and config.head_bits < 16:
+        one = packed_bytes(sizes.vocab, sizes.hidden, head_format(sizes.hidden, config.head_bits), config=config)
     else:
         one = 4 * elements
     if sizes.tied_head:
         return one
     head = weights.linear_format(arch.head)
     second = one if head is None else packed_bytes(sizes.vocab, sizes.hidden, head, config=config)
-    if not (quantized and config.head_bits == 8):
+    if not (quantized and config.head_bits < 16):
         one = elements * weights.info(f"{arch.embedding}.weight").dtype.itemsize
     return one + second

@@ -24,7 +24,7 @@ from dibit.engine.errors import ConfigError, RequestError
         ("max_num_seqs", 300, r"max_batch_tokens \(256\) is smaller than max_num_seqs \(300\)"),
         ("kv_memory_share", 0.0, "kv_memory_share is 0.0"),
         ("kv_memory_share", 0.99, "kv_memory_share is 0.99"),
-        ("head_bits", 4, "head_bits is 4; supported: 8, 16"),
+        ("head_bits", 5, "head_bits is 5; supported: 4, 8, 16"),
         ("device", "tpu", "device is 'tpu'; supported: auto, cpu, cuda"),
         ("backend", "mkl", "backend is 'mkl'; supported"),
         ("kv_type", "int8", "kv_type is 'int8'; supported"),

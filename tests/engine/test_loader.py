@@ -110,21 +110,24 @@ def test_float_models_keep_their_floats() -> None:
     assert untied.nbytes - untied.step_bytes == 97 * 48 * 2
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_tied_ends_of_a_quantized_model_are_one_weight_at_8_bits(backend: Any) -> None:
+def test_tied_ends_of_a_quantized_model_are_one_low_bit_weight(backend: Any, bits: Any) -> None:
     if backend == "cpu" and native.unavailable() is not None:
         pytest.skip("C++ kernels not built")
     weights = tiny(tie_word_embeddings=True)
-    decoder = load_decoder(quantized(weights, Format(2, 16)), config=EngineConfig(backend=backend))
+    decoder = load_decoder(quantized(weights, Format(2, 16)), config=EngineConfig(backend=backend, head_bits=bits))
     assert isinstance(decoder.embedding, PackedEmbedding)
     assert isinstance(decoder.head, PackedLinear)
+    assert decoder.head.weight.format.bits == bits
     assert decoder.embedding.weight is decoder.head.weight
     assert decoder.format == Format(2, 16)
     table = weights.tensors["model.embed_tokens.weight"]
     rows = decoder.embedding(torch.arange(97))
-    # Half a step of an asymmetric 8-bit range, and the rounding of the scale to float16 over 255 steps.
-    step = (table.amax(1) - table.amin(1)) / 255
-    assert bool(((rows - table).abs() <= step[:, None] * (0.5 + 255 * 2**-11)).all())
+    # Half a step of an asymmetric range, and the rounding of the scale to float16 over all steps.
+    steps = 2**bits - 1
+    step = (table.amax(1) - table.amin(1)) / steps
+    assert bool(((rows - table).abs() <= step[:, None] * (0.5 + steps * 2**-11)).all())
 
 
 def test_untied_ends_of_a_quantized_model() -> None:

@@ -38,7 +38,7 @@ def make(name: str) -> MemoryWeights:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("head_bits", [8, 16])
+@pytest.mark.parametrize("head_bits", [4, 8, 16])
 @pytest.mark.parametrize("name", MODELS)
 def test_planned_weights_are_those_of_the_load(name: str, head_bits: Any, backend: Any) -> None:
     if backend == "cpu" and native.unavailable() is not None:
