@@ -76,6 +76,11 @@ class Examination:
 LOADS = (
     "safetensors in fp32, fp16, bf16",
     "GPTQ v1 and v2, 2/3/4/8 bits, symmetric and asymmetric, no act-order",
+    "AWQ (gemm, 4 bits)",
+    "compressed-tensors pack-quantized, 2/3/4/8 bits",
+    "EfficientQAT's own files, 2/3/4 bits",
+    "BitBLAS, 2/4/8 bits",
+    "fractional zero points, 2/3 bits",
     ".gguf of Llama architecture (dequantized)",
 )
 
