@@ -15,8 +15,41 @@ and however its prompt was cut into chunks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from dibit.kernels.contract import ContractError, Dims
+
+
+def check_paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    out: Tensor | None,
+    *,
+    reals: Iterable[torch.dtype],
+    cache_reals: Iterable[torch.dtype],
+) -> None:
+    """Raises ContractError for shapes, dtypes other than `reals` of q and `cache_reals` of the cache, and strides."""
+    dims = Dims("paged_attention")
+    dims.check("q", q, "T W", reals)
+    dims.check("k_cache", k_cache, "blocks KH block_size D", cache_reals)
+    dims.check("v_cache", v_cache, "blocks KH block_size D", (k_cache.dtype,))
+    dims.check("seq_lens", seq_lens, "B", (torch.int32,))
+    dims.check("block_tables", block_tables, "B max_blocks", (torch.int32,), contiguous=False)
+    Dims("paged_attention", **{"B+1": seq_lens.shape[0] + 1}).check("cu_seqlens", cu_seqlens, "B+1", (torch.int32,))
+    if out is not None:
+        dims.check("out", out, "T W", (q.dtype,))
+    width, (_, kv_heads, _, d) = q.shape[1], k_cache.shape
+    if width % d or width // d % kv_heads:
+        raise ContractError(f"paged_attention: q has {width} columns; expected a multiple of KH * D = {kv_heads} * {d}")
+    if block_tables.stride(1) != 1:
+        raise ContractError(f"paged_attention: block_tables has strides {block_tables.stride()}; expected rows as runs")
 
 
 def paged_attention_reference(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dibit.kernels import native, tape
-from dibit.kernels.contract import ContractError, Dims
+from dibit.kernels.attention import check_paged_attention
+from dibit.kernels.contract import ContractError
 from dibit.kernels.rope_cpu import CACHE_REALS
 
 _F32, _I32 = torch.float32, torch.int32
@@ -126,15 +127,15 @@ def _refuse(
     block_tables: Tensor,
     out: Tensor,
 ) -> None:
-    dims = Dims("paged_attention")
-    dims.check("q", q, "T W", (_F32,))
-    dims.check("k_cache", k_cache, "blocks KH block_size D", CACHE_REALS)
-    dims.check("v_cache", v_cache, "blocks KH block_size D", (k_cache.dtype,))
-    dims.check("seq_lens", seq_lens, "B", (_I32,))
-    dims.check("block_tables", block_tables, "B max_blocks", (_I32,), contiguous=False)
-    Dims("paged_attention", **{"B+1": seq_lens.shape[0] + 1}).check("cu_seqlens", cu_seqlens, "B+1", (_I32,))
-    dims.check("out", out, "T W", (_F32,))
-    width, (_, kv_heads, _, d) = q.shape[1], k_cache.shape
-    if width % d or width // d % kv_heads:
-        raise ContractError(f"paged_attention: q has {width} columns; expected a multiple of KH * D = {kv_heads} * {d}")
-    raise ContractError("paged_attention: every tensor must be on the CPU, the rows of block_tables contiguous")
+    check_paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens,
+        seq_lens,
+        block_tables,
+        out,
+        reals=(_F32,),
+        cache_reals=CACHE_REALS,
+    )
+    raise ContractError("paged_attention: every tensor must be on the CPU")

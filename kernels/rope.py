@@ -13,8 +13,42 @@ dimensions (partial rotary): columns beyond 2 * cos.shape[1] pass through unrota
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from dibit.kernels.contract import ContractError, Dims
+
+
+def check_rope_kv_write(
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    heads: int,
+    out: Tensor | None = None,
+    *,
+    reals: Iterable[torch.dtype],
+    cache_reals: Iterable[torch.dtype],
+) -> None:
+    """Raises ContractError for shapes, strides, and dtypes other than `reals` of qkv and `cache_reals` of the cache."""
+    _, kv_heads, _, d = k_cache.shape
+    dims = Dims("rope_kv_write", W=(heads + 2 * kv_heads) * d, O=heads * d)
+    dims.check("qkv", qkv, "T W", reals)
+    dims.check("positions", positions, "T", (torch.int64,))
+    dims.check("slots", slots, "T", (torch.int64,))
+    dims.check("cos", cos, "P R/2", (torch.float32,))
+    dims.check("sin", sin, "P R/2", (torch.float32,))
+    dims.check("k_cache", k_cache, "blocks KH block_size D", cache_reals)
+    dims.check("v_cache", v_cache, "blocks KH block_size D", (k_cache.dtype,))
+    if out is not None:
+        dims.check("out", out, "T O", (qkv.dtype,))
+    if 2 * cos.shape[1] > d:
+        raise ContractError(f"rope_kv_write: the tables rotate {2 * cos.shape[1]} of {d} dimensions")
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

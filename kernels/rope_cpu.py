@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dibit.kernels import native, tape
-from dibit.kernels.contract import ContractError, Dims
+from dibit.kernels.contract import ContractError
+from dibit.kernels.rope import check_rope_kv_write
 
 CACHE_REALS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Real in csrc/vec_bodies.h
 
@@ -122,16 +123,7 @@ def _refuse(
     heads: int,
     out: Tensor,
 ) -> None:
-    _, kv_heads, _, d = k_cache.shape
-    dims = Dims("rope_kv_write", W=(heads + 2 * kv_heads) * d, O=heads * d)
-    dims.check("qkv", qkv, "T W", (_F32,))
-    dims.check("positions", positions, "T", (_I64,))
-    dims.check("slots", slots, "T", (_I64,))
-    dims.check("cos", cos, "P R/2", (_F32,))
-    dims.check("sin", sin, "P R/2", (_F32,))
-    dims.check("k_cache", k_cache, "blocks KH block_size D", CACHE_REALS)
-    dims.check("v_cache", v_cache, "blocks KH block_size D", (k_cache.dtype,))
-    dims.check("out", out, "T O", (_F32,))
-    if 2 * cos.shape[1] > d:
-        raise ContractError(f"rope_kv_write: the tables rotate {2 * cos.shape[1]} of {d} dimensions")
+    check_rope_kv_write(
+        qkv, positions, cos, sin, k_cache, v_cache, slots, heads, out, reals=(_F32,), cache_reals=CACHE_REALS
+    )
     raise ContractError("rope_kv_write: every tensor must be on the CPU")

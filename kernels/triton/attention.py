@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dibit.kernels.contract import ContractError, Dims
+from dibit.kernels.attention import check_paged_attention
 from dibit.kernels.triton.device.attention import attention_kernel, merge_kernel
 
 SPLIT_KEYS = 512
@@ -57,22 +57,10 @@ def paged_attention(
 
     The rows of `block_tables` may be part of a wider table. Raises ContractError for shapes and dtypes.
     """
-    dims = Dims("paged_attention")
-    dims.check("q", q, "T W", _REALS)
-    dims.check("k_cache", k_cache, "blocks KH block_size D", _REALS)
-    dims.check("v_cache", v_cache, "blocks KH block_size D", (k_cache.dtype,))
-    dims.check("seq_lens", seq_lens, "B", (torch.int32,))
-    dims.check("block_tables", block_tables, "B max_blocks", (torch.int32,), contiguous=False)
-    Dims("paged_attention", **{"B+1": seq_lens.shape[0] + 1}).check("cu_seqlens", cu_seqlens, "B+1", (torch.int32,))
+    check_paged_attention(
+        q, k_cache, v_cache, cu_seqlens, seq_lens, block_tables, out, reals=_REALS, cache_reals=_REALS
+    )
     _, kv_heads, block_size, d = k_cache.shape
-    if q.shape[1] % d or q.shape[1] // d % kv_heads:
-        raise ContractError(
-            f"paged_attention: q has {q.shape[1]} columns; expected a multiple of KH * D = {kv_heads} * {d}"
-        )
-    if block_tables.stride(1) != 1:
-        raise ContractError(f"paged_attention: block_tables has strides {block_tables.stride()}; expected rows as runs")
-    if out is not None:
-        dims.check("out", out, "T W", (q.dtype,))
     tokens, sequences = q.shape[0], seq_lens.shape[0]
     heads = q.shape[1] // d
     y = torch.empty_like(q) if out is None else out

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dibit.kernels.contract import ContractError, Dims
 from dibit.kernels.formats import PER_CHANNEL
+from dibit.kernels.rope import check_rope_kv_write
 from dibit.kernels.triton.device.small import (
     block_argmax_kernel,
     embedding_kernel,
@@ -91,16 +92,7 @@ def rope_kv_write(
 ) -> Tensor:
     """Rotate q and k, store k and v at `slots` (-1 stores nothing), return q [T, H D]."""
     _, kv_heads, block_size, d = k_cache.shape
-    dims = Dims("rope_kv_write", W=(heads + 2 * kv_heads) * d)
-    dims.check("qkv", qkv, "T W", _REALS)
-    dims.check("positions", positions, "T", (torch.int64,))
-    dims.check("slots", slots, "T", (torch.int64,))
-    dims.check("cos", cos, "P R/2", (torch.float32,))
-    dims.check("sin", sin, "P R/2", (torch.float32,))
-    dims.check("k_cache", k_cache, "blocks KH block_size D", _REALS)
-    dims.check("v_cache", v_cache, "blocks KH block_size D", (k_cache.dtype,))
-    if 2 * cos.shape[1] > d:
-        raise ContractError(f"rope_kv_write: the tables rotate {2 * cos.shape[1]} of {d} dimensions")
+    check_rope_kv_write(qkv, positions, cos, sin, k_cache, v_cache, slots, heads, reals=_REALS, cache_reals=_REALS)
     t = qkv.shape[0]
     q = torch.empty(t, heads * d, dtype=qkv.dtype, device=qkv.device)
     if t:
