@@ -78,12 +78,14 @@ def main() -> int:
 
 def _run(python: Path, older: Path | None, folder: Path) -> list[Case]:
     """This environment's half: makes the model, has the other tool work, compares."""
+    from dibit.bench.interop import write_rounded
+
     model = folder / "model"
     _make_model(model)
     jobs: list[dict[str, Any]] = []
     for number, (formats, symmetric) in enumerate(BY_DIBIT):
         out = folder / f"dibit-{number}"
-        _quantize(model, out, formats, symmetric=symmetric)
+        write_rounded(model, out, formats, to="compressed-tensors", symmetric=symmetric)
         jobs.append({"out": str(out), "symmetric": symmetric})
     older_jobs = []
     for bits, group_size, symmetric in BY_TOOL:
@@ -94,7 +96,7 @@ def _run(python: Path, older: Path | None, folder: Path) -> list[Case]:
     if older is not None:
         _have_done(older, older_jobs, folder)
         jobs += older_jobs
-    return [_compare(Path(job["out"]), "compressed-tensors" if "bits" in job else "dibit") for job in jobs]
+    return [_case(Path(job["out"]), "compressed-tensors" if "bits" in job else "dibit") for job in jobs]
 
 
 def _have_done(python: Path, jobs: list[dict[str, Any]], folder: Path) -> None:
@@ -126,58 +128,21 @@ def _make_model(out: Path) -> None:
     LlamaForCausalLM(config).to(torch.float16).save_pretrained(out)
 
 
-def _quantize(model: Path, out: Path, formats: tuple[tuple[int, int], ...], *, symmetric: bool) -> None:
-    from dibit.engine.checkpoint import CheckpointWriter, open_checkpoint
-    from dibit.engine.checkpoint.dispatch import EXPORTS
-    from dibit.kernels.formats import Format
+def _case(checkpoint_dir: Path, written_by: str) -> Case:
+    from dibit.bench.interop import compare
 
-    source = open_checkpoint(model)
-    writer = CheckpointWriter(out, source, export=EXPORTS["compressed-tensors"])
-    for name in source.names():
-        if name.endswith("_proj.weight"):
-            w = source.tensor(name)
-            form = Format(*formats[int(name.split(".")[2])])
-            scales, zeros = form.ranges(w, symmetric=symmetric)
-            writer.add_quantized(name.removesuffix(".weight"), form.encode(w, scales, zeros))
-        else:
-            writer.add_float(name, source.tensor(name))
-    writer.finish(method="rtn")
-    source.close()
-
-
-def _compare(checkpoint_dir: Path, written_by: str) -> Case:
-    from safetensors.torch import load_file
-
-    from dibit.engine.checkpoint import open_checkpoint
-    from dibit.kernels.formats import QTensor, dequantize
-
-    expected = load_file(checkpoint_dir.with_suffix(".expected"))
+    found = compare(checkpoint_dir)
     facts = json.loads(checkpoint_dir.with_suffix(".facts").read_text())
-    checkpoint = open_checkpoint(checkpoint_dir)
-    packed = checkpoint.packed()
-    if set(packed) != set(expected) or not packed:
-        raise SystemExit(f"{checkpoint_dir}: packed modules differ: {set(packed) ^ set(expected)}")
-    worst, weights = 0.0, 0
-    for module in packed:
-        q = checkpoint.linear(module)
-        if not isinstance(q, QTensor):
-            raise SystemExit(f"{module} is packed but was read as a float")
-        # The library multiplies in the type of the scales, float16: the same product, rounded once.
-        worst = max(worst, float((dequantize(q).half() - expected[module].half()).abs().max()))
-        weights += q.codes.numel()
-    quantization = checkpoint.quantization
-    if quantization is None:
-        raise SystemExit(f"{checkpoint_dir} has no quantization config")
     tokens = facts.get("tokens")
     return Case(
         writer=written_by,
-        bits=quantization.bits,
-        group_size=quantization.group_size,
-        mixed=len({linear.format for linear in packed.values()}) > 1,
-        symmetric=quantization.symmetric,
-        modules=len(packed),
-        weights=weights,
-        max_difference=worst,
+        bits=found.quantization.bits,
+        group_size=found.quantization.group_size,
+        mixed=found.mixed,
+        symmetric=found.quantization.symmetric,
+        modules=found.modules,
+        weights=found.weights,
+        max_difference=found.max_difference,
         same_tokens=None if tokens is None else _greedy(checkpoint_dir) == tokens,
         versions=facts["versions"],
     )

@@ -89,6 +89,8 @@ def main() -> int:
 
 def _run(python: Path, folder: Path, by_tool: tuple[tuple[int, int, bool, str], ...]) -> list[Case]:
     """This environment's half: makes the model, has the other tool work, compares."""
+    from dibit.bench.interop import write_rounded
+
     model = folder / "model"
     _make_model(model)
     jobs: list[dict[str, Any]] = []
@@ -106,7 +108,7 @@ def _run(python: Path, folder: Path, by_tool: tuple[tuple[int, int, bool, str], 
         )
     for number, (formats, to) in enumerate(BY_DIBIT):
         out = folder / f"dibit-{number}"
-        _quantize(model, out, formats, to=to)
+        write_rounded(model, out, formats, to=to, symmetric=to == "gptq-v1")
         jobs.append({"out": str(out), "awq": to == "awq"})
     note = folder / "jobs.json"
     note.write_text(json.dumps(jobs))
@@ -116,7 +118,7 @@ def _run(python: Path, folder: Path, by_tool: tuple[tuple[int, int, bool, str], 
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environment)
     if done.returncode:
         raise SystemExit(f"the other environment failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return [_compare(Path(job["out"]), "gptqmodel" if "model" in job else "dibit") for job in jobs]
+    return [_case(Path(job["out"]), "gptqmodel" if "model" in job else "dibit") for job in jobs]
 
 
 def _make_model(out: Path) -> None:
@@ -144,57 +146,21 @@ def _make_model(out: Path) -> None:
     demo.close()
 
 
-def _quantize(model: Path, out: Path, formats: tuple[tuple[int, int], ...], *, to: str) -> None:
-    from dibit.engine.checkpoint import CheckpointWriter, open_checkpoint
-    from dibit.engine.checkpoint.dispatch import EXPORTS
-    from dibit.kernels.formats import Format
+def _case(checkpoint_dir: Path, written_by: str) -> Case:
+    from dibit.bench.interop import compare
 
-    source = open_checkpoint(model)
-    writer = CheckpointWriter(out, source, export=EXPORTS[to])
-    for name in source.names():
-        if name.endswith("_proj.weight"):
-            w = source.tensor(name)
-            form = Format(*formats[int(name.split(".")[2])])
-            scales, zeros = form.ranges(w, symmetric=to == "gptq-v1")
-            writer.add_quantized(name.removesuffix(".weight"), form.encode(w, scales, zeros))
-        else:
-            writer.add_float(name, source.tensor(name))
-    writer.finish(method="rtn")
-    source.close()
-
-
-def _compare(checkpoint_dir: Path, written_by: str) -> Case:
-    from safetensors.torch import load_file
-
-    from dibit.engine.checkpoint import open_checkpoint
-    from dibit.kernels.formats import QTensor, dequantize
-
-    expected = load_file(checkpoint_dir.with_suffix(".expected"))
-    checkpoint = open_checkpoint(checkpoint_dir)
-    packed = checkpoint.packed()
-    if set(packed) != set(expected) or not packed:
-        raise SystemExit(f"{checkpoint_dir}: packed modules differ: {set(packed) ^ set(expected)}")
-    worst, weights = 0.0, 0
-    for module in packed:
-        q = checkpoint.linear(module)
-        if not isinstance(q, QTensor):
-            raise SystemExit(f"{module} is packed but was read as a float")
-        # The other tool multiplies in float16: the same product, rounded once.
-        worst = max(worst, float((dequantize(q).half() - expected[module].half()).abs().max()))
-        weights += q.codes.numel()
-    quantization, decision = checkpoint.quantization, checkpoint.zero_decision()
-    if quantization is None:
-        raise SystemExit(f"{checkpoint_dir} has no quantization config")
+    found = compare(checkpoint_dir)
+    decision = found.checkpoint.zero_decision()
     return Case(
         writer=written_by,
-        bits=quantization.bits,
-        group_size=quantization.group_size,
-        mixed=len({checkpoint.linear_format(module) for module in packed}) > 1,
-        symmetric=quantization.symmetric,
-        checkpoint_format=quantization.checkpoint_format,
-        modules=len(packed),
-        weights=weights,
-        max_difference=worst,
+        bits=found.quantization.bits,
+        group_size=found.quantization.group_size,
+        mixed=found.mixed,
+        symmetric=found.quantization.symmetric,
+        checkpoint_format=found.quantization.checkpoint_format,
+        modules=found.modules,
+        weights=found.weights,
+        max_difference=found.max_difference,
         reason="" if decision is None else decision.reason,
         versions=json.loads(checkpoint_dir.with_suffix(".versions").read_text()),
     )
