@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from thread_pools import threads_put_back
 from tiny_models import hf_model, make_request, oracle_logits, quantized, token_ids, weights_of
 from torch import Tensor
 
@@ -28,12 +29,8 @@ BACKENDS = [
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    torch_threads = torch.get_num_threads()
-    ours = None if native.unavailable() else native.threads()
-    yield
-    torch.set_num_threads(torch_threads)
-    if ours is not None:
-        native.set_threads(ours)
+    with threads_put_back():
+        yield
 
 
 def make_runner(model: Any = None, **settings: Any) -> ModelRunner:

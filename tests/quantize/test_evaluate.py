@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from thread_pools import threads_put_back
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -19,7 +20,6 @@ from dibit.engine.checkpoint import open_checkpoint
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError, UserError
 from dibit.engine.llm import LLM
-from dibit.kernels import native
 from dibit.kernels.formats import QTensor, dequantize
 from dibit.quantize import quantize_checkpoint
 from dibit.quantize.divergence import ROWS, compare, divergence
@@ -40,12 +40,8 @@ CONFIG = EngineConfig(
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    torch_threads = torch.get_num_threads()
-    ours = None if native.unavailable() else native.threads()
-    yield
-    torch.set_num_threads(torch_threads)
-    if ours is not None:
-        native.set_threads(ours)
+    with threads_put_back():
+        yield
 
 
 def llm(path: Path, **settings: Any) -> LLM:

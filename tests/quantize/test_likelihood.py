@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from thread_pools import threads_put_back
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -15,21 +16,15 @@ from dibit.engine.build import build_core
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.errors import UserError
 from dibit.engine.llm import LLM
-from dibit.kernels import native
 from dibit.quantize import likelihood
 from dibit.quantize.likelihood import Continuation, Writing, first_token, likelihoods, text_likelihoods, write
 
 
 @pytest.fixture(scope="module")
 def llm(tiny: Path) -> Iterator[LLM]:
-    torch_threads = torch.get_num_threads()
-    ours = None if native.unavailable() else native.threads()
     config = EngineConfig(backend="reference", block_size=4, max_batch_tokens=16, max_num_seqs=3, threads=1)
-    with LLM.of(build_core(tiny, config)) as llm:
+    with threads_put_back(), LLM.of(build_core(tiny, config)) as llm:
         yield llm
-    torch.set_num_threads(torch_threads)
-    if ours is not None:
-        native.set_threads(ours)
 
 
 @pytest.fixture(scope="module")
