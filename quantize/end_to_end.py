@@ -13,6 +13,7 @@ saved state with the same result to the bit (on the same machine with the same n
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -29,6 +30,7 @@ from dibit.quantize.end_to_end_model import LowBitModel
 from dibit.quantize.end_to_end_state import Course, HeldOut, State, load_state, save_state
 from dibit.quantize.end_to_end_teacher import Teacher
 from dibit.quantize.instruction import Examples
+from dibit.quantize.precision import product_type, products
 from dibit.quantize.report import duration
 from dibit.quantize.throughput import matmul_share
 from dibit.quantize.trainer import EVALUATIONS, MAX_RESTARTS, MAX_SKIPPED, Order, Schedule
@@ -55,6 +57,7 @@ class EndToEnd:
     norm_rate   learning rate of the norms, in their mean size; 0 leaves them as they are
     warmup      share of the steps in which the rates rise from 0
     clip        longest gradient, over all parameters; a longer one is shortened
+    precision   in which steps multiply matrices: auto, float32 or bfloat16
     """
 
     objective: Objective = "kl"
@@ -65,6 +68,7 @@ class EndToEnd:
     norm_rate: float = 1e-3
     warmup: float = 0.03
     clip: float = 1.0
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -77,7 +81,9 @@ class EndToEnd:
         self.schedule()
 
     def schedule(self) -> Schedule:
-        return Schedule(self.steps, self.batch, self.held_out, decay="cosine", warmup=self.warmup)
+        return Schedule(
+            self.steps, self.batch, self.held_out, decay="cosine", warmup=self.warmup, precision=self.precision
+        )
 
 
 @dataclass(frozen=True)
@@ -245,16 +251,18 @@ class EndToEndTraining:
         model = self._model
         tokens, counted = self._examples.take(rows)
         kept: list[Tensor] = []
-        x = model.hidden(tokens, keep=kept)
+        with products(self._schedule.precision):
+            x = model.hidden(tokens, keep=kept)
         inner = x[counted]
-        sums, grad = predict(
-            model.normed(inner), model.head, self._wanted(rows, tokens, counted), objective=self._settings.objective
-        )
+        head, taught = self._heads
+        wanted = self._wanted(rows, tokens, counted, taught)
+        sums, grad = predict(model.normed(inner), head, wanted, objective=self._settings.objective)
         assert grad is not None
         whole = torch.zeros_like(x)
         whole[counted] = model.normed_backward(inner, grad)
         del x, inner, grad
-        model.backward(kept, whole)
+        with products(self._schedule.precision):
+            model.backward(kept, whole)
         loss, length = sums.loss(self._settings.objective), float(torch.linalg.vector_norm(model.grad))
         if math.isfinite(loss) and math.isfinite(length):
             self._update(state, course, length)
@@ -298,7 +306,8 @@ class EndToEndTraining:
         for rows in torch.split(self._held_out, self._schedule.batch):
             tokens, counted = self._examples.take(rows)
             x = self._model.normed(self._model.hidden(tokens)[counted])
-            total += predict(x, self._model.head, self._wanted(rows, tokens, counted), objective=None)[0]
+            wanted = self._wanted(rows, tokens, counted, None if self._teacher is None else self._teacher.head)
+            total += predict(x, self._model.head, wanted, objective=None)[0]
         taught = self._teacher is not None
         return HeldOut(
             step=step,
@@ -308,11 +317,21 @@ class EndToEndTraining:
             agreement=total.agreed / total.tokens if taught else None,
         )
 
-    def _wanted(self, rows: Tensor, tokens: Tensor, counted: Tensor) -> Wanted:
+    @functools.cached_property
+    def _heads(self) -> tuple[Tensor, Tensor | None]:
+        """The model's head and the teacher's, as steps multiply by them."""
+        dtype = product_type(self._schedule.precision)
+        own = self._model.head.to(dtype)
+        if self._teacher is None:
+            return own, None
+        same = torch.equal(self._teacher.head, self._model.head)
+        return own, own if same else self._teacher.head.to(dtype)
+
+    def _wanted(self, rows: Tensor, tokens: Tensor, counted: Tensor, head: Tensor | None) -> Wanted:
         labels = tokens.roll(-1, dims=1)[counted]
         if self._teacher is None:
             return Wanted(labels, None, None)
-        return Wanted(labels, self._teacher.hidden(rows), self._teacher.head)
+        return Wanted(labels, self._teacher.hidden(rows), head)
 
     def _tell(self, course: Course, note: str) -> None:
         if self._progress is not None:

@@ -26,7 +26,7 @@ class Wanted:
 
     labels  [R] int64, the next tokens
     teacher  [R, hidden], normalized final hidden states of the float model; None without one
-    head    [vocab, hidden], the float model's
+    head    [vocab, hidden], the float model's, in the type in which it is multiplied
     """
 
     labels: Tensor
@@ -55,7 +55,8 @@ class Sums:
 
 @torch.no_grad()
 def predict(x: Tensor, head: Tensor, wanted: Wanted, *, objective: Objective | None) -> tuple[Sums, Tensor | None]:
-    """Losses of the normalized hidden states x [R, hidden] under `head` [vocab, hidden].
+    """Losses of the normalized hidden states x [R, hidden] float32 under `head` [vocab, hidden], in whose type it is
+    multiplied; logits, sums and gradients are float32.
 
     objective  whose mean over the rows is to be differentiated; None for no gradient
     returns    the sums, and the gradient [R, hidden]
@@ -65,11 +66,11 @@ def predict(x: Tensor, head: Tensor, wanted: Wanted, *, objective: Objective | N
     for start in range(0, x.shape[0], LOGIT_ROWS):
         rows = slice(start, start + LOGIT_ROWS)
         labels = wanted.labels[rows, None]
-        own = _log_softmax(x[rows] @ head.T)
+        own = _log_softmax(_product(x[rows], head.T))
         nll = -float(own.gather(1, labels).sum(dtype=torch.float64))
         target, kl, agreed = None, 0.0, 0
         if wanted.teacher is not None and wanted.head is not None:
-            theirs = _log_softmax(wanted.teacher[rows].float() @ wanted.head.T)
+            theirs = _log_softmax(_product(wanted.teacher[rows], wanted.head.T))
             agreed = int((theirs.argmax(dim=1) == own.argmax(dim=1)).sum())
             target = theirs.exp()
             kl = float(torch.linalg.vecdot(target, theirs.sub_(own)).sum(dtype=torch.float64))
@@ -83,8 +84,12 @@ def predict(x: Tensor, head: Tensor, wanted: Wanted, *, objective: Objective | N
                 slope.sub_(target)
             else:
                 slope.scatter_add_(1, labels, torch.full(labels.shape, -1.0))
-            torch.matmul(slope, head, out=grad[rows])
+            grad[rows] = _product(slope, head)
     return total, None if grad is None else grad.div_(x.shape[0])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (a.to(b.dtype) @ b).float()
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from dibit.engine.errors import ConfigError
 from dibit.engine.models.decoder import Block
 from dibit.quantize.block import BlockJob
+from dibit.quantize.precision import check_precision, products
 from dibit.quantize.report import TrainingReport, duration
 from dibit.quantize.streams import HiddenStates
 from dibit.quantize.throughput import matmul_share
@@ -49,6 +50,7 @@ class Schedule:
     decay       course of the rates
     final_rate  share of the rates that is left at the end
     warmup      share of the steps in which the rates rise to their full size
+    precision   in which steps multiply matrices: auto, float32 or bfloat16
     """
 
     steps: int
@@ -57,6 +59,7 @@ class Schedule:
     decay: Decay = "cosine"
     final_rate: float = 0.0
     warmup: float = 0.0
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -64,6 +67,7 @@ class Schedule:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out is {self.held_out}; it is a share of the samples, above 0 and below 1")
+        check_precision(self.precision)
 
     def rate(self, step: int) -> float:
         """Factor on the rates of step 0 <= step < steps."""
@@ -241,9 +245,9 @@ def _attempt(
         for group, full in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = full * schedule.rate(step)
         rows = order.take(schedule.batch)
-        loss = F.mse_loss(
-            parametrization.block().dense(data.inputs.rows(rows), job.cos, job.sin), data.targets.rows(rows)
-        )
+        with products(schedule.precision):
+            found = parametrization.block().dense(data.inputs.rows(rows), job.cos, job.sin)
+        loss = F.mse_loss(found, data.targets.rows(rows))
         optimizer.zero_grad(set_to_none=True)
         (loss / unit).backward()  # type: ignore[no-untyped-call]
         if _finite(loss, parameters):
@@ -261,13 +265,13 @@ def _attempt(
         course.training_s += time.monotonic() - started
         course.tokens += rows.numel() * data.inputs.shape[1]
         if step + 1 in stops:
-            found = held_out_loss(job, _evaluated(parametrization), data)
-            course.validation.append((step + 1, found))
+            judged = held_out_loss(job, _evaluated(parametrization), data)
+            course.validation.append((step + 1, judged))
             if pending:
                 course.losses.append((step + 1, math.fsum(pending) / len(pending)))
             pending = []
-            if found < best:
-                best, course.best_step = found, step + 1
+            if judged < best:
+                best, course.best_step = judged, step + 1
                 best_state = [p.detach().clone() for p in parameters]
         left_s = (time.monotonic() - begun) / (step + 1) * (schedule.steps - step - 1)
         job.tell(

@@ -61,6 +61,7 @@ class BlockAP:
     norm_rate    learning rate of the norms, in their mean size; 0 leaves them as they are
     settle       share of the steps, the last ones, in which codes become final: half of them at first, those farthest
                  from a rounding border, all of them before the last fifth; 0 lets all codes change to the end
+    precision    in which steps multiply matrices: auto (bfloat16 on CPUs with matrix units), float32 or bfloat16
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"float_stream"})
@@ -75,6 +76,7 @@ class BlockAP:
     zero_rate: float = 2e-3
     norm_rate: float = 1e-3
     settle: float = 0.0
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         self.schedule()
@@ -85,7 +87,9 @@ class BlockAP:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
 
     def schedule(self) -> Schedule:
-        return Schedule(self.steps, self.batch, self.held_out, decay="cosine", final_rate=0.05)
+        return Schedule(
+            self.steps, self.batch, self.held_out, decay="cosine", final_rate=0.05, precision=self.precision
+        )
 
     def quantize_block(self, job: BlockJob) -> QuantizedBlock:
         data = prepare(job, self.schedule())

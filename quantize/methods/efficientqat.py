@@ -50,4 +50,5 @@ class EfficientQAT(BlockAP):
             held_out=self.held_out,
             scale_rate=self.end_scale_rate,
             norm_rate=self.end_norm_rate,
+            precision=self.precision,
         )
