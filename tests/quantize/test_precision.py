@@ -12,7 +12,9 @@ from dibit.quantize.trainer import Schedule
 
 
 @pytest.mark.parametrize("units", [True, False])
-def test_auto_takes_bfloat16_only_where_the_cpu_has_matrix_units(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_bfloat16_only_where_the_cpu_has_matrix_units(
+    *, units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units, raising=False)
     assert product_type("auto") is (torch.bfloat16 if units else torch.float32)
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
