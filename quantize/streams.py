@@ -7,6 +7,7 @@ ends; its room is reserved at once, so that a full disk is an error here and not
 
 from __future__ import annotations
 
+import copy
 import mmap
 import os
 import tempfile
@@ -68,6 +69,13 @@ class HiddenStates:
     def empty_like(self) -> HiddenStates:
         """Another stream, to be written, kept in the same way."""
         return HiddenStates(*self.shape, config=self._config, directory=self._directory)
+
+    def first(self, segments: int) -> HiddenStates:
+        """The first segments, not copied."""
+        view = copy.copy(self)
+        view._data = self._data[:segments]
+        view.shape = (view._data.shape[0], *self.shape[1:])
+        return view
 
     def write(self, start: int, x: Tensor) -> None:
         """Replace the segments from `start` on. Raises ConfigError when float16 cannot hold them."""

@@ -52,6 +52,7 @@ class BlockAP:
 
     symmetric    zero points in the middle of the code range, where they stay
     start        first codes and ranges: gptq or rtn
+    start_samples  calibration sequences that gptq looks at, so many at most
     steps        optimizer steps for each block
     batch        calibration sequences in a step
     held_out     share of the calibration sequences that chooses the state to keep
@@ -68,6 +69,7 @@ class BlockAP:
 
     symmetric: bool = False
     start: str = "gptq"
+    start_samples: int = 64
     steps: int = 128
     batch: int = 4
     held_out: float = 0.0625
@@ -82,6 +84,8 @@ class BlockAP:
         self.schedule()
         if self.start not in STARTS:
             raise ConfigError(f"start is {self.start!r}; supported: {', '.join(STARTS)}")
+        if self.start_samples < 2:
+            raise ConfigError(f"start_samples is {self.start_samples}; it must be at least 2")
         for name in ("weight_rate", "scale_rate", "zero_rate", "norm_rate", "settle"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
@@ -123,7 +127,12 @@ class BlockAP:
         start: Method = RTN(symmetric=self.symmetric, range_search=True)
         if self.start == "gptq":
             start = GPTQ(symmetric=self.symmetric, asymmetric=True)
-        apart = dataclasses.replace(job, block=copied(job.block))
+        # Second-order statistics need far less text than training does, and several passes over it.
+        count = self.start_samples
+        floats = None if job.float_stream is None else job.float_stream.first(count)
+        apart = dataclasses.replace(
+            job, block=copied(job.block), quantized=job.quantized.first(count), float_stream=floats
+        )
         found = quantize_block(apart, start, name=self.start, progress=lambda site: None).sites
         weights = {site.name: concat_rows(list(one.parts)) for site, one in zip(job.sites, found, strict=True)}
         failed = [one.report for one in found if one.report.fallback is not None]

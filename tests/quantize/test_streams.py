@@ -49,3 +49,13 @@ def test_no_room_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_an_unknown_type_is_refused() -> None:
     with pytest.raises(ConfigError, match="float32, float16"):
         StreamConfig(stream_type="int8")  # type: ignore[arg-type]
+
+
+def test_the_first_segments_are_the_same_memory(tmp_path: Path) -> None:
+    stream = HiddenStates(3, 2, 4, config=StreamConfig(), directory=tmp_path)
+    stream.write(0, torch.arange(24.0).view(3, 2, 4))
+    view = stream.first(2)
+    assert view.shape == (2, 2, 4)
+    stream.write(1, torch.zeros(1, 2, 4))
+    assert torch.equal(torch.cat([x for _, x in view.batches(1)]), stream.rows(torch.tensor([0, 1])))
+    assert stream.first(5).shape == stream.shape == (3, 2, 4)
