@@ -47,7 +47,7 @@ def machine_facts() -> MachineFacts:
         memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
         cache_bytes=last_level_cache_bytes(),
         torch=torch.__version__,
-        commit=_commit(),
+        commit=commit_id(),
     )
 
 
@@ -57,7 +57,8 @@ def last_level_cache_bytes() -> int:
     return max((int(m[1]) * _UNITS.get(m[2], 1) for m in found if m is not None), default=0)
 
 
-def _commit() -> str:
+def commit_id() -> str:
+    """Of this checkout, see `MachineFacts`."""
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit is None:
         return "unknown"
