@@ -25,6 +25,7 @@ from dibit.kernels.norm import rms_norm_reference
 from dibit.quantize.block import advance
 from dibit.quantize.end_to_end_model import read_head
 from dibit.quantize.instruction import Examples
+from dibit.quantize.precision import products
 from dibit.quantize.streams import HiddenStates, StreamConfig
 
 STATES_NAME = "teacher_states"
@@ -73,12 +74,17 @@ def listen(
     *,
     directory: Path,
     streams: StreamConfig,
+    precision: str = "float32",
     tell: Callable[[str], None],
 ) -> Teacher:
-    """The teacher's states, out of `directory` where an earlier run left them."""
+    """The teacher's states, out of `directory` where an earlier run left them.
+
+    precision  in which its blocks multiply matrices
+    """
     path = directory / STATES_NAME
     if not path.exists():
-        _write(teacher, arch, sizes, examples, path, streams=streams, tell=tell)
+        with products(precision):
+            _write(teacher, arch, sizes, examples, path, streams=streams, tell=tell)
     # Outside of inference mode's tensors: these take part in training.
     with torch.inference_mode(mode=False):
         head = load_embedding(teacher, arch, sizes) if sizes.tied_head else read_head(teacher, arch, sizes)

@@ -119,6 +119,7 @@ def train_end_to_end(
                         examples,
                         directory=writer.directory,
                         streams=streams or StreamConfig(),
+                        precision=settings.precision,
                         tell=tell,
                     )
                 )
