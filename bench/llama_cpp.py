@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,16 @@ _OPTIONS = (
     "LLAMA_BUILD_SERVER=OFF",
 )
 _ERROR_LINES = 8
+# The kernel counts the memory of the process that started a program into the program's peak. This one is small.
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+started_s = time.perf_counter()
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+found = [time.perf_counter() - started_s, usage.ru_maxrss, os.waitstatus_to_exitcode(status)]
+with open(sys.argv[1], "w") as out:
+    json.dump(found, out)
+"""
 _LEAST_CONTEXT = 256
 
 
@@ -127,30 +138,31 @@ def run(words: Sequence[str | Path], *, shown: bool = False) -> Ran:
 
     shown  its output goes to the terminal
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as told:
-        started_s = time.perf_counter()
-        try:
-            process = subprocess.Popen(
-                [str(word) for word in words],
-                stdout=sys.stderr if shown else out,
-                stderr=None if shown else told,
+    if shutil.which(words[0]) is None:
+        raise ConfigError(f"cannot run {words[0]}: there is no such program here")
+    with tempfile.TemporaryDirectory(prefix="dibit-run-") as directory:
+        facts, out, told = (Path(directory) / name for name in ("facts", "stdout", "stderr"))
+        with out.open("wb") as stdout, told.open("wb") as stderr:
+            # A session of its own, so that nothing outlives an interrupted run.
+            launcher = subprocess.Popen(
+                [sys.executable, "-S", "-c", _LAUNCHER, facts, *words],
+                stdout=sys.stderr if shown else stdout,
+                stderr=None if shown else stderr,
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
-        except OSError as error:
-            raise ConfigError(f"cannot run {words[0]}: {error}") from error
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        seconds = time.perf_counter() - started_s
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        told.seek(0)
-        stdout = out.read().decode("utf-8", "replace")
-        if process.returncode:
-            last = "\n".join((stdout + told.read().decode("utf-8", "replace")).splitlines()[-_ERROR_LINES:])
-            raise ConfigError(f"{Path(words[0]).name} ended with status {process.returncode}:\n{last}")
+            try:
+                launcher.wait()
+            except BaseException:
+                os.killpg(launcher.pid, signal.SIGKILL)
+                launcher.wait()
+                raise
+        text = out.read_text("utf-8", "replace")
+        seconds, peak_rss, status = (0.0, 0, launcher.returncode)
+        if not status:
+            seconds, peak_rss, status = json.loads(facts.read_text())
+        if status:
+            last = "\n".join((text + told.read_text("utf-8", "replace")).splitlines()[-_ERROR_LINES:])
+            raise ConfigError(f"{Path(words[0]).name} ended with status {status}:\n{last}")
     # Linux counts in KiB, macOS in bytes.
-    return Ran(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), stdout)
+    return Ran(seconds, peak_rss * (1 if sys.platform == "darwin" else 1024), text)

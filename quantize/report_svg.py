@@ -20,11 +20,15 @@ RAMP = ("#f1eef6", "#d4d5e8", "#aec3dc", "#7fb0cf", "#4a97bf", "#1f7aa8", "#0b5b
 
 @dataclass(frozen=True)
 class Series:
-    """A line: points (x, y) in order of x; `style` is a class of the style sheet, s0 to s4."""
+    """A line: points (x, y) in order of x; `style` is a class of the style sheet, s0 to s4.
+
+    joined  a line through the points, not the points alone
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     style: str
+    joined: bool = True
 
 
 def escape(text: object) -> str:
@@ -46,23 +50,28 @@ def line_chart(
     x_label: str,
     y_label: str,
     log: bool = False,
+    log_x: bool = False,
     width: int = 640,
     height: int = 220,
     dots: bool = False,
 ) -> str:
-    """Lines over one pair of axes, with a legend where there are several. "" when there is nothing to draw."""
+    """Lines over one pair of axes, with a legend where there are several. "" when there is nothing to draw.
+
+    log, log_x  logarithmic axes; every x must be positive on one
+    """
     shown = [(one, [(x, y) for x, y in one.points if _drawable(y, log=log)]) for one in series]
     values = [y for _, points in shown for _, y in points]
     places = [x for _, points in shown for x, _ in points]
     if not values:
         return ""
-    axes = _Axes(_padded(min(places), max(places)), _limits(values, log=log), width, height, log=log)
+    across = _limits(places, log=True) if log_x else _padded(min(places), max(places))
+    axes = _Axes(across, _limits(values, log=log), width, height, log=log, log_x=log_x)
     body = [axes.frame(x_label, y_label)]
     for one, points in shown:
-        for run in _runs(one.points, log=log):
+        for run in _runs(one.points, log=log) if one.joined else []:
             path = "M" + "L".join(f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in run)
             body.append(f'<path class="{one.style}" d="{path}"/>')
-        if (dots and "dashed" not in one.style) or len(points) == 1:
+        if (dots and "dashed" not in one.style) or len(points) == 1 or not one.joined:
             body += [
                 f'<circle class="{one.style}" cx="{axes.x(x):.1f}" cy="{axes.y(y):.1f}" r="2.5">'
                 f"<title>{escape(one.name)} at {number(x)}: {number(y)}</title></circle>"
@@ -152,17 +161,24 @@ def legend(entries: Sequence[tuple[str, str]]) -> str:
 class _Axes:
     """Where values are drawn."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], width: int, height: int, *, log: bool) -> None:
-        self._x, self._y, self._log = x, y, log
+    def __init__(
+        self,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        width: int,
+        height: int,
+        *,
+        log: bool,
+        log_x: bool = False,
+    ) -> None:
+        self._x, self._y, self._log, self._log_x = x, y, log, log_x
         self._width, self._height = width, height
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self._x[0]) / (self._x[1] - self._x[0]) * (self._width - LEFT - RIGHT)
+        return LEFT + _share(value, *self._x, log=self._log_x) * (self._width - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        low, high = self._y
-        share = math.log(value / low) / math.log(high / low) if self._log else (value - low) / (high - low)
-        return self._height - BOTTOM - share * (self._height - TOP - BOTTOM)
+        return self._height - BOTTOM - _share(value, *self._y, log=self._log) * (self._height - TOP - BOTTOM)
 
     def frame(self, x_label: str, y_label: str) -> str:
         right, bottom = self._width - RIGHT, self._height - BOTTOM
@@ -173,7 +189,7 @@ class _Axes:
             body.append(f'<text class="right" x="{LEFT - 5}" y="{y + 3.5:.1f}">{number(tick)}</text>')
         body += [
             f'<text class="middle" x="{self.x(tick):.1f}" y="{bottom + 13}">{number(tick)}</text>'
-            for tick in _ticks(*self._x, log=False, count=max(2, self._width // 70))
+            for tick in _ticks(*self._x, log=self._log_x, count=max(2, self._width // 70))
         ]
         body.append(f'<path class="axis" d="M{LEFT},{TOP}V{bottom}H{right}"/>')
         body.append(
@@ -182,6 +198,11 @@ class _Axes:
         middle = (TOP + bottom) / 2
         body.append(f'<text class="middle" transform="translate(11,{middle:.0f}) rotate(-90)">{escape(y_label)}</text>')
         return "".join(body)
+
+
+def _share(value: float, low: float, high: float, *, log: bool) -> float:
+    """Where `value` lies between 0 (low) and 1 (high)."""
+    return math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
 
 
 def _svg(width: int, height: int, body: Sequence[str], label: str) -> str:

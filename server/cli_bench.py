@@ -8,11 +8,12 @@ import typer
 
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError
-from dibit.server.cli_bench_serve import bench_serve
+from dibit.server.cli_bench_serve import bench_plot, bench_serve
 from dibit.server.options import MODEL_HELP, Json, engine_options, parse_integers
 
 bench_app = typer.Typer(help="Measure speed, beside the machine's limits.", no_args_is_help=True)
 bench_app.command("serve")(bench_serve)
+bench_app.command("plot")(bench_plot)
 
 
 @bench_app.command("ops")

@@ -1,4 +1,4 @@
-"""`dibit bench serve`: a running server under load."""
+"""`dibit bench serve` and `dibit bench plot`: a running server under load, and pictures of what was measured."""
 
 from __future__ import annotations
 
@@ -141,6 +141,29 @@ def bench_serve(
                 path = result_dir / (result_filename or run.file_name(label=label))
                 command = shlex.join(["dibit", *sys.argv[1:]])
                 serve.write_result(run, path, label=label, metadata=notes, command=command, detailed=save_detailed)
+
+
+def bench_plot(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="JSON files of bench serve, decode, ops, or directories of them", metavar="FILE..."),
+    ],
+    *,
+    out: Annotated[Path, typer.Option(help="directory for the page and the pictures")] = Path("plots"),
+) -> None:
+    """Charts of measured results: a page that needs no network (bench.html), PNG files too where matplotlib is there.
+
+    Example: dibit bench plot results/ --out plots
+    """
+    from dibit.bench import charts, plot
+
+    found = charts.read_results(results)
+    for path in found.unknown:
+        typer.echo(f"left out, no results of a speed: {path}", err=True)
+    for path in plot.plot(found, out):
+        typer.echo(path)
+    if not plot.has_png():
+        typer.echo("no PNG files: matplotlib is not installed (pip install 'dibit[bench]')", err=True)
 
 
 def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:

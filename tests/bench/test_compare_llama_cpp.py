@@ -103,11 +103,16 @@ def test_programs_are_read_and_their_failures_told(tools: LlamaCpp, tmp_path: Pa
         llama_cpp.build(tmp_path, tmp_path / "out", jobs=1)
 
 
-def test_peak_memory_is_that_of_the_process() -> None:
-    ran = llama_cpp.run([sys.executable, "-c", "x = bytearray(10**8); print(len(x) + 1)"])
+def test_peak_memory_is_that_of_the_program_alone() -> None:
+    here = bytearray(3 * 10**8)
+    ran = llama_cpp.run([sys.executable, "-S", "-c", "x = bytearray(10**8); print(len(x) + 1)"])
     assert ran.stdout == "100000001\n"
-    assert 10**8 < ran.peak_rss_bytes < 4 * 10**8
+    assert 10**8 < ran.peak_rss_bytes < 2 * 10**8 < len(here)
     assert ran.seconds > 0
+    with pytest.raises(ConfigError, match="no such program"):
+        llama_cpp.run(["no-such-program"])
+    with pytest.raises(ConfigError, match="status -11"):
+        llama_cpp.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
