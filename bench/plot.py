@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dibit.bench.charts import Chart, Results, Table, charts_of, tables_of
 from dibit.engine.errors import ConfigError
 from dibit.quantize.report_style import STYLE
-from dibit.quantize.report_svg import escape, line_chart
+from dibit.quantize.report_svg import escape, line_chart, number
 
 HTML_NAME = "bench.html"
 _COLOURS = ("#7b8794", "#1f6fb2", "#c2570c", "#2f855a", "#8a4fbf")
@@ -94,8 +95,10 @@ def _write_png(chart: Chart, out: Path) -> Path:
     axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
     if chart.log_x:
         axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
     if chart.log_y:
         axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
     else:
         axes.set_ylim(bottom=0)
     axes.grid(visible=True, alpha=0.3)
@@ -105,3 +108,12 @@ def _write_png(chart: Chart, out: Path) -> Path:
     figure.savefig(aside, dpi=150, format="png")
     aside.replace(path)
     return path
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 5, 10, ... in place of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_formatter(NullFormatter())
