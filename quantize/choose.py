@@ -12,11 +12,11 @@ from pathlib import Path
 from dibit.engine.checkpoint import Checkpoint
 from dibit.engine.errors import ConfigError
 from dibit.engine.models.spec import LinearSite, float_shapes
-from dibit.kernels.formats import Format
+from dibit.kernels.formats import Format, ZeroGrid
 from dibit.quantize.budget import Allocation, Budget, allocate, code_bits, packed_bytes, widening_steps
 from dibit.quantize.fisher import Damage, visit_gradients
 from dibit.quantize.importance import Importance, Model, Text, rank_blocks
-from dibit.quantize.plan import Plan
+from dibit.quantize.plan import Plan, on_zero_grid
 
 # Upper bounds of what is written around the data: an entry of a safetensors header or index beside its name, the
 # quantization_config without its patterns, a pattern without its layer numbers, a layer number.
@@ -34,24 +34,29 @@ def choose_bits(
     symmetric: bool,
     text: Text | None,
     seed: int,
+    zero_grid: ZeroGrid = "integer",
     progress: Callable[[int], None] | None = None,
 ) -> Allocation:
     """Widths of all blocks or sites under `budget`. `text` is there when the importance needs it; `progress(block)`.
 
-    Raises ConfigError when a width does not fit the model's shapes, or the lowest ones exceed the budget.
+    zero_grid  of the widths that have it: what is scored is the rounding that will be done
+
+    Raises ConfigError when a width does not fit the model's shapes, the lowest ones exceed the budget, or no width has
+    such zero points.
     """
     blocks = [model.sites(layer) for layer in range(model.sizes.layers)]
     units = _units(blocks, per_site=budget.per_site)
     formats = {bits: Format(bits, group_size) for bits in budget.choices}
     for choice in formats.values():
         Plan.uniform(choice).resolve([site for block in blocks for site in block])
+    rounding = on_zero_grid({str(bits): form for bits, form in formats.items()}, zero_grid, symmetric=symmetric)
     costs, limit = _costs(budget, model, list(units.values()), formats)
     lowest = sum(cost[budget.choices[0]] for cost in costs)
     if lowest > limit:
         raise ConfigError(_too_small(budget, model.checkpoint, lowest - limit))
     if text is not None:
         text = Text(text.tokens[: budget.samples], text.streams, text.directory)
-    looked_at = [formats[bits] for bits in budget.choices[: max(1, len(budget.choices) - 1)]]
+    looked_at = [rounding[str(bits)] for bits in budget.choices[: max(1, len(budget.choices) - 1)]]
     if budget.importance == "fisher":
         importance = _by_gradients(model, units, text, looked_at, symmetric=symmetric, seed=seed, progress=progress)
     else:

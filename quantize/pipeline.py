@@ -286,6 +286,7 @@ def _task(
             symmetric=method.symmetric,
             text=None if segments is None else Text(segments.tokens, streams, _existing(out)),
             seed=seed,
+            zero_grid=zero_grid,
             progress=lambda layer: None if progress is None else progress(0, sizes.layers, f"importance of {layer}"),
         )
         wanted = allocation.plan(group_size)

@@ -156,6 +156,30 @@ def test_a_budget_ends_in_a_checkpoint_of_that_many_bits(tiny: Path, text: Path,
     assert (tmp_path / "again/model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("kind", "per_site"), [("error", False), ("measured", False), ("fisher", True)])
+def test_what_is_scored_is_the_rounding_that_is_done(
+    tiny: Path, text: Path, tmp_path: Path, kind: ImportanceKind, per_site: bool
+) -> None:
+    budget = Budget(mean_bits=3.2, choices=(2, 3, 4, 8), importance=kind, samples=4, per_site=per_site)
+    options: dict[str, Any] = {"method": "rtn", "calibration": text, **TEXT}
+    whole = quantize(tiny, tmp_path / "whole", budget, **options).allocation["damage"]
+    third = quantize(tiny, tmp_path / "third", budget, zero_grid="fractional", **options).allocation["damage"]
+    # RTN covers every weight on the integer grid, and searches on the other, which halves the error at 2 bits.
+    ratios = {bits: sum(third[bits]) / sum(whole[bits]) for bits in whole}
+    assert ratios["4"] == 1
+    assert ratios["2"] < 0.97
+    assert ratios["3"] < 0.97
+
+
+def test_a_grid_that_no_width_has_is_refused_before_anything_is_scored(tiny: Path, tmp_path: Path) -> None:
+    budget = Budget(mean_bits=5.0, choices=(4, 8), importance="zd")
+    with pytest.raises(ConfigError, match="fractional zero points exist at 2 and 3 bits"):
+        quantize(tiny, tmp_path / "out", budget, zero_grid="fractional")
+    with pytest.raises(ConfigError, match="choose one of the two"):
+        quantize(tiny, tmp_path / "out", Budget(mean_bits=3.0, importance="zd"), zero_grid="fractional", symmetric=True)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8, 1.0])
 def test_a_target_size_is_met(tiny: Path, tmp_path: Path, share: float) -> None:
     def size(out: Path) -> int:
