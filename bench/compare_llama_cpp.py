@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from dibit.bench.comparison import CASES, Case, Row, Turn, format_rows, rows_of
-from dibit.bench.llama_cpp import Batch, LlamaCpp, Ran, build, run, tensor_bytes
+from dibit.bench.llama_cpp import LlamaCpp, build, run, tensor_bytes
 from dibit.bench.machine import MachineFacts, machine_facts
 from dibit.bench.synthetic import write_gguf, write_low_bit
 from dibit.engine.checkpoint import resolve_model
@@ -42,9 +42,10 @@ _MARGIN_TOKENS = 64
 class Work:
     """What every turn does.
 
-    prompt_len        tokens prefilled, and read before decode at batch 1
-    batch_prompt_len  tokens of each prompt at larger batches
+    prompt_len        tokens of the prompt whose prefill is timed, and after which one sequence decodes
+    batch_prompt_len  tokens of each prompt before the decode of every batch
     gen_len           tokens decoded of each sequence
+    batch_sizes       with 1 as the first
     """
 
     prompt_len: int = 512
@@ -52,6 +53,18 @@ class Work:
     gen_len: int = 64
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.prompt_len, self.batch_prompt_len, self.gen_len, *self.batch_sizes) < 1:
+            raise ConfigError("lengths and batch sizes must be at least 1")
+        if self.batch_sizes[0] != 1:
+            raise ConfigError(
+                f"the first batch size is {self.batch_sizes[0]}; start with 1, which shares are measured at"
+            )
+
+    @property
+    def long_decode(self) -> str:
+        return f"decode 1 after {self.prompt_len}"
 
 
 @dataclass(frozen=True)
@@ -94,27 +107,26 @@ def prepare(case: Case, directory: Path, tools: LlamaCpp, *, pure: bool) -> tupl
 def measure_dibit(case: Case, checkpoint: Path, work: Work, repeat: int) -> Turn:
     engine = ["--head-bits", str(case.head_bits), "--threads", str(work.threads)]
     once = [sys.executable, "-m", "dibit.bench.one_run", str(checkpoint), *engine]
-    started = run([*once, "--prompt-len", "1", "--gen-len", "1"])
     held = run([*once, "--prompt-len", str(work.prompt_len), "--gen-len", str(work.gen_len)])
+    # After the other, so that what a start leaves for the next is there.
+    started = run([*once, "--prompt-len", "1", "--gen-len", "1"])
     sizes = json.loads(held.stdout)
-    tok_s: dict[str, float] = {}
-    measured = []
-    for batches in ([1], [batch for batch in work.batch_sizes if batch > 1]):
-        if batches:
-            prompt_len = work.prompt_len if batches == [1] else work.batch_prompt_len
-            measured += _bench_decode(checkpoint, engine, work, batches, prompt_len=prompt_len)
-            tok_s |= {f"decode {one['batch']}": one["decode_tok_s"] for one in measured}
-    alone = measured[0]
+    [long] = _bench_decode(checkpoint, engine, work, [1], prompt_len=work.prompt_len)
+    short = _bench_decode(checkpoint, engine, work, work.batch_sizes, prompt_len=work.batch_prompt_len)
     return Turn(
         case=case.name,
         side="dibit",
         repeat=repeat,
-        tok_s={"prefill": alone["prefill_tok_s"], **tok_s},
+        tok_s={
+            "prefill": long["prefill_tok_s"],
+            **{f"decode {one['batch']}": one["decode_tok_s"] for one in short},
+            work.long_decode: long["decode_tok_s"],
+        },
         start_s=started.seconds,
         peak_rss_bytes=held.peak_rss_bytes,
-        token_bytes=alone["weight_bytes_per_token"],
-        bandwidth_gb_s=alone["bandwidth_gb_s"],
-        tape_share=alone["tape_share"],
+        token_bytes=long["weight_bytes_per_token"],
+        bandwidth_gb_s=short[0]["bandwidth_gb_s"],
+        tape_share=short[0]["tape_share"],
         packed_bytes=sizes["weight_bytes"] + sizes["kv_bytes"],
     )
 
@@ -141,18 +153,19 @@ def _bench_decode(
 
 
 def measure_llama_cpp(case: Case, model: Path, tools: LlamaCpp, work: Work, repeat: int) -> Turn:
-    def batched(sequences: Sequence[int], prompt_len: int, gen_len: int) -> tuple[list[Batch], Ran]:
-        return tools.batched(model, prompt_len=prompt_len, gen_len=gen_len, sequences=sequences, threads=work.threads)
-
-    _, started = batched([1], 1, 1)
-    alone, held = batched([1], work.prompt_len, work.gen_len)
-    many = [batch for batch in work.batch_sizes if batch > 1]
-    batches = [*alone, *(batched(many, work.batch_prompt_len, work.gen_len)[0] if many else [])]
+    batched = partial(tools.batched, model, threads=work.threads)
+    [long], held = batched(prompt_len=work.prompt_len, gen_len=work.gen_len, sequences=[1])
+    _, started = batched(prompt_len=1, gen_len=1, sequences=[1])
+    short, _ = batched(prompt_len=work.batch_prompt_len, gen_len=work.gen_len, sequences=work.batch_sizes)
     return Turn(
         case=case.name,
         side="llama.cpp",
         repeat=repeat,
-        tok_s={"prefill": alone[0].prefill_tok_s, **{f"decode {b.sequences}": b.decode_tok_s for b in batches}},
+        tok_s={
+            "prefill": long.prefill_tok_s,
+            **{f"decode {one.sequences}": one.decode_tok_s for one in short},
+            work.long_decode: long.decode_tok_s,
+        },
         start_s=started.seconds,
         peak_rss_bytes=held.peak_rss_bytes,
         token_bytes=tensor_bytes(model),
@@ -205,7 +218,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="default: every core this process may use")
     parser.add_argument("--prompt-len", type=int, default=512)
-    parser.add_argument("--batch-prompt-len", type=int, default=32, help="of each prompt at batches above 1")
+    parser.add_argument("--batch-prompt-len", type=int, default=32, help="of each prompt before decode")
     parser.add_argument("--gen-len", type=int, default=64)
     parser.add_argument("--batch-sizes", default="1,8,32")
     parser.add_argument("--pure", action="store_true", help="llama.cpp's head in the type of the rest")

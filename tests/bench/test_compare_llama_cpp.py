@@ -11,16 +11,18 @@ from typing import Any
 import gguf
 import pytest
 import torch
+import typer
 
 from dibit.bench import compare_llama_cpp, llama_cpp
 from dibit.bench.comparison import CASES, Case, Turn, format_rows, rows_of
-from dibit.bench.llama_cpp import LlamaCpp, tensor_bytes
+from dibit.bench.llama_cpp import LlamaCpp, Ran, tensor_bytes
 from dibit.bench.machine import MachineFacts
 from dibit.bench.one_run import one_run
-from dibit.bench.synthetic import LLAMA_1B, Shape, write_low_bit
+from dibit.bench.synthetic import LLAMA_1B, Shape, write_gguf, write_low_bit
 from dibit.engine import LLM, SamplingParams
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError
+from dibit.server.cli_bench import bench_app
 
 TINY = Shape(hidden=64, layers=2, inter=128, heads=4, kv_heads=2, vocab=320)
 CASE = Case("tiny-3", "tiny", TINY, 3, 4, "Q3_K_S", {"prefill": 2.0, "decode 1": 1.5}, bandwidth=0.5, start_s=3.0)
@@ -34,6 +36,11 @@ for n in said["-npl"].split(","):
 """
 QUANTIZE = "import shutil, sys; shutil.copy(sys.argv[-3], sys.argv[-2])"
 VERSION = "print('version: 7 (abc)')"
+
+
+def options_of_decode() -> set[str]:
+    bench: Any = typer.main.get_command(bench_app)
+    return {name for parameter in bench.commands["decode"].params for name in parameter.opts}
 
 
 @pytest.fixture
@@ -175,3 +182,46 @@ def test_sides_take_turns_and_every_turn_is_kept(
     assert len(written["turns"]) == 4
     assert written["llama_cpp"] == "version: 7 (abc)"
     assert {row["work"]: row["ratio"] for row in written["rows"]}["decode 1"] == 3.0
+
+
+def test_what_a_turn_asks_of_both_sides(tmp_path: Path, tools: LlamaCpp, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = options_of_decode()
+    asked = []
+
+    def run(words: list[object]) -> Ran:
+        said = [str(word) for word in words]
+        if "dibit.bench.one_run" in said:
+            return Ran(float(len(asked)), 10**9, json.dumps({"weight_bytes": 70, "kv_bytes": 7}))
+        assert {word for word in said if word.startswith("--")} <= known
+        given = dict(zip(said[6::2], said[7::2], strict=False))
+        asked.append(given)
+        batches = [int(batch) for batch in given["--batch-sizes"].split(",")]
+        longest = max(batches) * (1 + int(given["--prompt-len"]) // 128) + int(given["--prompt-len"])
+        assert int(given["--max-model-len"]) > longest + int(given["--gen-len"])
+        assert int(given["--max-num-seqs"]) == max(batches)
+        lines = [
+            {
+                "batch": batch,
+                "prefill_tok_s": 1000.0 + int(given["--prompt-len"]),
+                "decode_tok_s": 10.0 * batch + int(given["--prompt-len"]) / 1000,
+                "weight_bytes_per_token": 50.0 / batch,
+                "bandwidth_gb_s": 20.0,
+                "tape_share": 0.9 + batch / 100,
+            }
+            for batch in batches
+        ]
+        Path(given["--json"]).write_text(json.dumps(lines))
+        return Ran(1.0, 1, "")
+
+    monkeypatch.setattr(compare_llama_cpp, "run", run)
+    work = compare_llama_cpp.Work(prompt_len=64, batch_prompt_len=8, gen_len=4, batch_sizes=(1, 4), threads=2)
+    ours = compare_llama_cpp.measure_dibit(CASE, tmp_path, work, 0)
+    assert ours.tok_s == {"prefill": 1064.0, "decode 1": 10.008, "decode 4": 40.008, "decode 1 after 64": 10.064}
+    assert (ours.token_bytes, ours.packed_bytes, ours.tape_share) == (50.0, 77, 0.91)
+    assert [one["--head-bits"] for one in asked] == ["4", "4"]
+    write_gguf(tmp_path / "m.gguf", TINY)
+    theirs = compare_llama_cpp.measure_llama_cpp(CASE, tmp_path / "m.gguf", tools, work, 0)
+    assert theirs.tok_s == {"prefill": 50.0, "decode 1": 10.0, "decode 4": 40.0, "decode 1 after 64": 10.0}
+    assert theirs.tok_s.keys() == ours.tok_s.keys()
+    with pytest.raises(ConfigError, match="start with 1"):
+        compare_llama_cpp.Work(batch_sizes=(8, 32))
