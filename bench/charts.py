@@ -7,6 +7,7 @@ llama.cpp. Speeds of different processors are never put into one chart: files th
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dibit.engine.errors import ConfigError
-from dibit.quantize.report_svg import Series
+from dibit.quantize.report_svg import Series, number
 
 Record = Mapping[str, Any]
 _COLOURS = 5
@@ -83,22 +84,46 @@ def charts_of(results: Results) -> list[Chart]:
 
 
 def tables_of(results: Results) -> list[Table]:
-    return [
-        Table(
-            f"Beside llama.cpp ({one['llama_cpp']})",
-            ("model", "bits", "llama.cpp", "work", "unit", "dibit", "llama.cpp", "ratio", "to reach"),
-            [
-                (
-                    *(str(row[key]) for key in ("model", "bits", "type", "work", "unit")),
-                    *(f"{row[key]:.4g}" for key in ("dibit", "llama_cpp")),
-                    f"{row['ratio']:.2f}" if row["llama_cpp"] else "",
-                    row["goal"] + {True: " ✓", False: " ✗", None: ""}[row["met"]],
-                )
-                for row in one["rows"]
-            ],
+    found = [_serving_table(results.serve)] if results.serve else []
+    return [*found, *(_comparison_table(one) for one in results.comparisons)]
+
+
+def _serving_table(records: Sequence[Record]) -> Table:
+    keys = {
+        "req/s": "request_throughput",
+        "good req/s": "request_goodput",
+        "tok/s": "output_throughput",
+        "failed": "failed",
+        **{f"{name.upper()} median, ms": f"median_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")},
+    }
+    percentile = {f"{name.upper()} p99, ms": f"p99_{name}_ms" for name in ("ttft", "tpot", "itl", "e2el")}
+    keys |= {label: key for label, key in percentile.items() if any(key in record for record in records)}
+    rows = [
+        (
+            _run_name(record),
+            str(record["request_rate"]),
+            str(record.get("max_concurrency") or ""),
+            *(number(record[key]) if record.get(key) is not None else "" for key in keys.values()),
         )
-        for one in results.comparisons
+        for record in sorted(records, key=lambda one: (_run_name(one), str(one["request_rate"])))
     ]
+    return Table("Runs of bench serve", ("run", "rate", "concurrency", *keys), rows)
+
+
+def _comparison_table(one: Record) -> Table:
+    return Table(
+        f"Beside llama.cpp ({one['llama_cpp']})",
+        ("model", "bits", "llama.cpp", "work", "unit", "dibit", "llama.cpp", "ratio", "to reach"),
+        [
+            (
+                *(str(row[key]) for key in ("model", "bits", "type", "work", "unit")),
+                *(f"{row[key]:.4g}" for key in ("dibit", "llama_cpp")),
+                f"{row['ratio']:.2f}" if row["llama_cpp"] else "",
+                row["goal"] + {True: " ✓", False: " ✗", None: ""}[row["met"]],
+            )
+            for row in one["rows"]
+        ],
+    )
 
 
 def _load(path: Path) -> Any:
@@ -173,18 +198,30 @@ def _lines(records: Sequence[Record], x: Callable[[Record], float], keys: Mappin
     """For every run name and key a line; the second key of a run has its colour, dashed."""
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        groups[record.get("label") or f"{record['model_id']}, {record['backend']}"].append(record)
+        groups[_run_name(record)].append(record)
     lines = []
     for i, (name, group) in enumerate(sorted(groups.items())):
         for dashed, (suffix, key) in zip((False, True), keys.items(), strict=False):
-            points = sorted((x(record), float(record[key])) for record in group if record.get(key) is not None)
+            points = _medians((x(record), float(record[key])) for record in group if record.get(key) is not None)
             style = f"s{(i + 1) % _COLOURS}" + (" dashed" if dashed else "")
             lines.append(Series(name + suffix, points, style))
     return [line for line in lines if line.points]
 
 
+def _run_name(record: Record) -> str:
+    return record.get("label") or f"{record['model_id']}, {record['backend']}"
+
+
 def _value(key: str, record: Record) -> float:
     return float(record[key])
+
+
+def _medians(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """One point for every place, in order: a run that was made again counts once."""
+    places: dict[float, list[float]] = defaultdict(list)
+    for x, y in points:
+        places[x].append(y)
+    return [(x, statistics.median(values)) for x, values in sorted(places.items())]
 
 
 def _highest_percentile(records: Sequence[Record], name: str) -> str:
@@ -199,15 +236,15 @@ def _highest_percentile(records: Sequence[Record], name: str) -> str:
 
 def _decoding(records: Sequence[Record]) -> list[Chart]:
     """Tokens per second by batch, beside what reading the weights once a step allows."""
-    groups: dict[tuple[str, float], list[Record]] = defaultdict(list)
+    groups: dict[tuple[str, float, int], list[Record]] = defaultdict(list)
     for record in records:
-        groups[record["model"], record["bits"]].append(record)
+        groups[record["model"], record["bits"], record["prompt_len"]].append(record)
     lines = []
-    for i, ((model, bits), group) in enumerate(sorted(groups.items())):
+    for i, ((model, bits, prompt_len), group) in enumerate(sorted(groups.items())):
         style = f"s{(i + 1) % _COLOURS}"
-        name = f"{Path(model).name}, {bits:g} bits"
-        speeds = sorted((record["batch"], record["decode_tok_s"]) for record in group)
-        limits = sorted(
+        name = f"{Path(model).name}, {bits:g} bits, after {prompt_len} tokens"
+        speeds = _medians((record["batch"], record["decode_tok_s"]) for record in group)
+        limits = _medians(
             (record["batch"], record["bandwidth_gb_s"] * 1e9 / record["weight_bytes_per_token"]) for record in group
         )
         lines += [Series(name, speeds, style), Series(f"{name}, limit of bandwidth", limits, f"{style} dashed")]

@@ -42,6 +42,7 @@ def decode_record(batch: int, speed: float, **fields: Any) -> dict[str, Any]:
         "model": "models/four",
         "bits": 4,
         "batch": batch,
+        "prompt_len": 32,
         "decode_tok_s": speed,
         "weight_bytes_per_token": 1e8 / batch,
         "bandwidth_gb_s": 20.0,
@@ -79,7 +80,7 @@ def test_charts_hold_the_figures() -> None:
             serve_record(request_rate=2.0, request_throughput=1.9, request_goodput=1.0, p99_tpot_ms=77.0),
             serve_record(request_rate=0.5, max_concurrency=4),
         ],
-        decode=[decode_record(8, 700.0), decode_record(1, 150.0)],
+        decode=[decode_record(8, 700.0), *(decode_record(1, speed) for speed in (160.0, 150.0, 140.0))],
         ops=[op_record(1, 30.0), op_record(64, 500.0), op_record(1, 40.0, bits=2)],
     )
     charts = {chart.name: chart for chart in charts_of(results)}
@@ -122,7 +123,12 @@ def test_files_are_known_by_their_keys(tmp_path: Path) -> None:
     results = read_results([tmp_path])
     assert [len(kind) for kind in (results.serve, results.decode, results.ops, results.comparisons)] == [1, 1, 0, 1]
     assert results.unknown == [other]
-    assert tables_of(results)[0].rows == [
+    serving, beside = tables_of(results)
+    cells = dict(zip(serving.header, serving.rows[0], strict=True))
+    assert (cells["run"], cells["rate"], cells["concurrency"]) == ("m<1>, openai", "inf", "")
+    assert (cells["tok/s"], cells["TTFT median, ms"], cells["E2EL p99, ms"]) == ("100", "10", "30")
+    assert cells["good req/s"] == ""
+    assert beside.rows == [
         ("m", "2", "Q2_K", "decode 1", "tok/s", "51.25", "20.5", "2.50", ">= 2 x ✓"),
     ]
     with pytest.raises(ConfigError, match="holds no results"):
