@@ -13,6 +13,7 @@ account by folding for that type (fold.py): the scale that is left after it goes
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -31,6 +32,7 @@ from dibit.quantize.activations import rounded_inputs
 from dibit.quantize.collect import collect
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.plan import part_formats
+from dibit.quantize.relative import relative_weights
 from dibit.quantize.report import PartReport, SiteReport, TrainingReport
 from dibit.quantize.stats import Method, Need, SiteFailure, Stats, output_error
 from dibit.quantize.streams import HiddenStates
@@ -60,6 +62,7 @@ class BlockJob:
     formats       by site name; by module name where the parts of a site differ, which only a `Method` is given
     quantized     hidden states that the quantized blocks before it produce
     float_stream  those of the float model; None unless the method needs them
+    float_outputs  what the float block makes of them; None without them
     token_weights  how much an error at a token costs the model (fisher.py), by module name [samples, length], 1 on
                   average; under "layers.N" that of the block's output; None unless the method needs them
     cos, sin      rotary tables [length, D/2]
@@ -85,6 +88,12 @@ class BlockJob:
     activation_bits: int | None = None
     tell: Callable[[str], None] = _silent
     token_weights: Mapping[str, Tensor] | None = None
+    float_outputs: HiddenStates | None = None
+
+    @functools.cached_property
+    def relative_weights(self) -> Tensor | None:
+        """What an error at a token is worth [samples, length] (relative.py); None without a float stream."""
+        return None if self.float_outputs is None else relative_weights(self.float_outputs)
 
 
 @dataclass(frozen=True)
@@ -281,8 +290,11 @@ def _statistics(job: BlockJob, site: LinearSite, floats: Block, needs: frozenset
         return (Stats(),)
     both = (floats, job.float_stream) if "cross" in needs and job.float_stream is not None else None
     weights = job.token_weights if "token_weights" in needs else None
+    shared = job.relative_weights if "relative" in needs else None
     low = rounded_inputs(job.block, job.activation_bits)
-    return collect(site, low, job.quantized, job.cos, job.sin, batch=job.batch, floats=both, weights=weights)
+    return collect(
+        site, low, job.quantized, job.cos, job.sin, batch=job.batch, floats=both, weights=weights, shared_weights=shared
+    )
 
 
 def quantize_site(
@@ -378,12 +390,6 @@ def replace_weight(block: Block, site: LinearSite, parts: Sequence[QTensor]) -> 
 
 def _joined(parts: Sequence[QTensor]) -> Tensor:
     return torch.cat([dequantize(part) for part in parts])
-
-
-def advance(stream: HiddenStates, block: Block, cos: Tensor, sin: Tensor, *, batch: int) -> None:
-    """Replace the inputs of a block by its outputs."""
-    for start, x in stream.batches(batch):
-        stream.write(start, block.dense(x, cos, sin))
 
 
 def _weight(block: Block, site: LinearSite) -> Tensor:

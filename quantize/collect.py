@@ -61,16 +61,20 @@ def collect(
     batch: int,
     floats: tuple[Block, HiddenStates] | None = None,
     weights: Mapping[str, Tensor] | None = None,
+    shared_weights: Tensor | None = None,
 ) -> tuple[Stats, ...]:
     """Statistics of the inputs of `site` in `block` on the stream that the quantized blocks before it produce.
 
     floats   the float block and its stream: `cross` and `held_out` are wanted too
     weights  [samples, T] of the tokens, by module name of the parts
+    shared_weights  [samples, T], the same for all parts, on top of those
     returns  one for all parts; with weights one for each
     """
     samples = quantized.shape[0]
     border = samples if floats is None else max(1, samples - max(1, samples // HELD_OUT_SHARE))
-    own = [None] if weights is None else [weights[part.module] for part in site.parts]
+    own = [shared_weights] if weights is None else [weights[part.module] for part in site.parts]
+    if weights is not None and shared_weights is not None:
+        own = [mine * shared_weights for mine in own if mine is not None]
     sums = [[_Sums(site.k, cross=floats is not None) for _ in range(2)] for _ in own]
     others: Iterator[tuple[int, Tensor | None]]
     if floats is None:

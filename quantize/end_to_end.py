@@ -64,8 +64,8 @@ class EndToEnd:
     steps: int = 100
     batch: int = 4
     held_out: float = 0.0625
-    scale_rate: float = 2e-3
-    norm_rate: float = 1e-3
+    scale_rate: float = 1e-2
+    norm_rate: float = 5e-3
     warmup: float = 0.03
     clip: float = 1.0
     precision: str = "auto"

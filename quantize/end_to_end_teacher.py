@@ -22,11 +22,10 @@ from dibit.engine.models.decoder import load_embedding, load_float_block
 from dibit.engine.models.spec import Arch, Sizes
 from dibit.engine.models.weights import check_names, read_tensor
 from dibit.kernels.norm import rms_norm_reference
-from dibit.quantize.block import advance
 from dibit.quantize.end_to_end_model import read_head
 from dibit.quantize.instruction import Examples
 from dibit.quantize.precision import products
-from dibit.quantize.streams import HiddenStates, StreamConfig
+from dibit.quantize.streams import HiddenStates, StreamConfig, advance
 
 STATES_NAME = "teacher_states"
 # Tokens that go through a block at once.

@@ -37,7 +37,7 @@ from dibit.kernels.formats import Format, dequantize
 from dibit.kernels.norm import rms_norm_reference
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.stats import Stats
-from dibit.quantize.streams import HiddenStates, StreamConfig
+from dibit.quantize.streams import HiddenStates, StreamConfig, advance
 
 ImportanceKind = Literal["lim", "zd", "measured", "error", "fisher", "depth", "random"]
 IMPORTANCES: tuple[ImportanceKind, ...] = get_args(ImportanceKind)
@@ -177,16 +177,16 @@ def _damage(
         tell(layer)
         block = model.block(layer)
         for other in rounded.values():
-            _advance(other, other, block, cos, sin)
+            advance(other, block, cos, sin, batch=1)
         for low_bit in formats:
             low = _round(model.block(layer), model.sites(layer), low_bit, symmetric=symmetric)
             if predictions:
                 rounded[low_bit.bits, layer] = _stream(model, text)
-                _advance(stream, rounded[low_bit.bits, layer], low, cos, sin)
+                advance(stream, low, cos, sin, batch=1, into=rounded[low_bit.bits, layer])
             else:
                 errors[low_bit.bits, layer] = _output_error(stream, block, low, cos, sin)
             del low
-        _advance(stream, stream, block, cos, sin)
+        advance(stream, block, cos, sin, batch=1)
     if predictions:
         errors = _divergences(model, stream, rounded)
     widths = [low_bit.bits for low_bit in formats]
@@ -252,8 +252,3 @@ def _embedded(model: Model, text: Text) -> HiddenStates:
     for i in range(text.tokens.shape[0]):
         stream.write(i, embedding[text.tokens[i : i + 1]])
     return stream
-
-
-def _advance(source: HiddenStates, target: HiddenStates, block: Block, cos: Tensor, sin: Tensor) -> None:
-    for start, x in source.batches(1):
-        target.write(start, block.dense(x, cos, sin))

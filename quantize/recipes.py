@@ -55,9 +55,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "best": Recipe(
         "efficientqat",
-        {"start": "gptq", "objective": "kl"},
+        {"start": "gptq", "start_samples": 128, "steps": 0, "objective": "kl"},
         samples=256,
-        summary="from such codes, every block trained, then step sizes and norms of the whole model: an hour or two",
+        summary="from such codes, step sizes and norms of the whole model against the float model's predictions",
     ),
 }
 

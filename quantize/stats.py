@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dibit.kernels.formats import Format, QTensor
 
-Need = Literal["hessian", "cross", "float_stream", "inputs", "token_weights"]
+Need = Literal["hessian", "cross", "float_stream", "inputs", "token_weights", "relative"]
 
 # A Hessian this small costs nothing to sum in float64, and small models have the worst conditioned ones.
 FLOAT64_BELOW_COLUMNS = 1024

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dibit.engine.errors import ConfigError
+from dibit.engine.models.decoder import Block
 
 StreamType = Literal["float32", "float16"]
 STREAM_TYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
@@ -86,6 +87,14 @@ class HiddenStates:
                 "keep the streams as float32"
             )
         self._data[start : start + x.shape[0]] = kept
+
+
+def advance(
+    stream: HiddenStates, block: Block, cos: Tensor, sin: Tensor, *, batch: int, into: HiddenStates | None = None
+) -> None:
+    """Write the outputs of a block to another stream; without one, over its inputs."""
+    for start, x in stream.batches(batch):
+        (stream if into is None else into).write(start, block.dense(x, cos, sin))
 
 
 def _mapped(nbytes: int, directory: Path) -> Tensor:

@@ -50,6 +50,7 @@ class Schedule:
     decay       course of the rates
     final_rate  share of the rates that is left at the end
     warmup      share of the steps in which the rates rise to their full size
+    relative    errors count in proportion to the size of the hidden state of their token
     precision   in which steps multiply matrices: auto, float32 or bfloat16
     """
 
@@ -60,6 +61,7 @@ class Schedule:
     final_rate: float = 0.0
     warmup: float = 0.0
     precision: str = "auto"
+    relative: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -127,12 +129,17 @@ class _Course:
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs and wanted outputs of a block, and which segments are for what."""
+    """Inputs and wanted outputs of a block, which segments are for what, and what errors weigh, [samples, length]."""
 
     inputs: HiddenStates
     targets: HiddenStates
     training: Tensor
     held_out: Tensor
+    weights: Tensor
+
+    def loss(self, found: Tensor, rows: Tensor) -> Tensor:
+        """Weighted mean squared error of the outputs `found` [B, T, hidden] for these segments."""
+        return F.mse_loss(found, self.targets.rows(rows), reduction="none").mean(dim=-1).mul(self.weights[rows]).mean()
 
 
 @torch.no_grad()
@@ -143,7 +150,7 @@ def prepare(job: BlockJob, schedule: Schedule, *, own_inputs: float = 0.0) -> Da
                 The squared error to two outputs is, up to a constant, that to their mean, so one is kept.
     Raises ConfigError when there are too few segments.
     """
-    if job.float_stream is None:
+    if job.float_outputs is None:
         raise TypeError("a trained method needs the float stream")
     samples = job.quantized.shape[0]
     held_out = max(1, round(samples * schedule.held_out))
@@ -152,23 +159,25 @@ def prepare(job: BlockJob, schedule: Schedule, *, own_inputs: float = 0.0) -> Da
             f"{samples} calibration samples leave nothing to train on beside {held_out} held out; "
             "take more (--samples), or a smaller share"
         )
-    targets = job.quantized.empty_like()
-    for (start, x), (_, own) in zip(job.float_stream.batches(job.batch), job.quantized.batches(job.batch), strict=True):
-        wanted = job.block.dense(x, job.cos, job.sin)
-        if own_inputs:
-            wanted = torch.lerp(wanted, job.block.dense(own, job.cos, job.sin), own_inputs)
-        targets.write(start, wanted)
+    targets = job.float_outputs
+    if own_inputs:
+        targets = job.quantized.empty_like()
+        both = zip(job.float_outputs.batches(job.batch), job.quantized.batches(job.batch), strict=True)
+        for (start, wanted), (_, own) in both:
+            targets.write(start, torch.lerp(wanted, job.block.dense(own, job.cos, job.sin), own_inputs))
     rows = torch.arange(samples)
-    return Data(job.quantized, targets, rows[: samples - held_out], rows[samples - held_out :])
+    weights = job.relative_weights if schedule.relative else None
+    weights = torch.ones(job.quantized.shape[:2]) if weights is None else weights
+    return Data(job.quantized, targets, rows[: samples - held_out], rows[samples - held_out :], weights)
 
 
 @torch.no_grad()
 def held_out_loss(job: BlockJob, block: Block, data: Data) -> float:
-    """Mean squared error of the outputs of `block` on the held-out segments."""
+    """Weighted mean squared error of the outputs of `block` on the held-out segments."""
     total = 0.0
     for rows in torch.split(data.held_out, job.batch):
         found = block.dense(data.inputs.rows(rows), job.cos, job.sin)
-        total += float(F.mse_loss(found, data.targets.rows(rows))) * rows.numel()
+        total += float(data.loss(found, rows)) * rows.numel()
     return total / data.held_out.numel()
 
 
@@ -245,9 +254,10 @@ def _attempt(
         for group, full in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = full * schedule.rate(step)
         rows = order.take(schedule.batch)
+        block = parametrization.block()
         with products(schedule.precision):
-            found = parametrization.block().dense(data.inputs.rows(rows), job.cos, job.sin)
-        loss = F.mse_loss(found, data.targets.rows(rows))
+            found = block.dense(data.inputs.rows(rows), job.cos, job.sin)
+        loss = data.loss(found, rows)
         optimizer.zero_grad(set_to_none=True)
         (loss / unit).backward()  # type: ignore[no-untyped-call]
         if _finite(loss, parameters):

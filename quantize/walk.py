@@ -25,7 +25,6 @@ from dibit.quantize.block import (
     BlockJob,
     BlockMethod,
     Changed,
-    advance,
     quantize_block,
     quantize_site,
     replace_weight,
@@ -40,7 +39,7 @@ from dibit.quantize.plan import Plan, part_formats
 from dibit.quantize.ranges import recorded_inputs
 from dibit.quantize.report import duration
 from dibit.quantize.stats import Method, Stats
-from dibit.quantize.streams import HiddenStates, StreamConfig
+from dibit.quantize.streams import HiddenStates, StreamConfig, advance
 
 Progress = Callable[[int, int, str], None]
 
@@ -187,7 +186,10 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
     directory  where streams go that are too large for memory
     """
     quantized = _embedded(task, segments, directory)
-    float_stream = _embedded(task, segments, directory) if task.method.needs & {"float_stream", "cross"} else None
+    float_stream, float_outputs = None, None
+    if task.method.needs & {"float_stream", "cross", "relative"}:
+        float_stream = _embedded(task, segments, directory)
+        float_outputs = float_stream.empty_like()
     length = segments.tokens.shape[1]
     batch = max(1, BATCH_TOKENS // length)
     cos, sin = task.sizes.rope.tables(length)
@@ -204,6 +206,9 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
         begun = time.monotonic()
         block = load_float_block(task.checkpoint, task.arch, task.sizes, layer)
         floats = Block(task.sizes, linears=dict(block.linears), attn_norm=block.attn_norm, mlp_norm=block.mlp_norm)
+        if float_stream is not None and float_outputs is not None:
+            output.tell(layer, f"layers.{layer}, float hidden states")
+            advance(float_stream, floats, cos, sin, batch=batch, into=float_outputs)
         done = None
         if layer < output.resumed:
             output.tell(layer, f"layers.{layer}, finished before")
@@ -218,6 +223,7 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
                 formats=task.formats,
                 quantized=quantized,
                 float_stream=float_stream,
+                float_outputs=float_outputs,
                 cos=cos,
                 sin=sin,
                 batch=batch,
@@ -239,8 +245,7 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
             low = rounded_inputs(block, task.activation_bits)
             with recorded_inputs(low, sites) as inputs:
                 advance(quantized, low, cos, sin, batch=batch)
-        if float_stream is not None and not last:
-            advance(float_stream, floats, cos, sin, batch=batch)
+        float_stream, float_outputs = float_outputs, float_stream
         if done is not None:
             found = tuple(dataclasses.replace(one, input=inputs[one.site].report()) for one in done.sites)
             output.close_block(layer, dataclasses.replace(done, sites=found), begun=begun)

@@ -12,7 +12,7 @@ from dibit.engine.models.decoder import Block, FloatLinear
 from dibit.engine.models.spec import LinearSite, Part
 from dibit.kernels.formats import Format, QTensor, dequantize
 from dibit.quantize.block import BlockJob
-from dibit.quantize.streams import HiddenStates, StreamConfig
+from dibit.quantize.streams import HiddenStates, StreamConfig, advance
 
 
 def make_job(
@@ -38,13 +38,17 @@ def make_job(
         own.write(0, torch.randn(8, 12, block.sizes.hidden, generator=rng))
         streams.append(own)
     formats = {site.name: Format(bits, 16) for site in sites}
+    float_stream = streams[0] if same_streams else streams[1]
+    outputs = float_stream.empty_like()
+    advance(float_stream, block, cos, sin, batch=4, into=outputs)
     return BlockJob(
         layer=0,
         block=block,
         sites=tuple(sites),
         formats=formats,
         quantized=streams[0],
-        float_stream=streams[0] if same_streams else streams[1],
+        float_stream=float_stream,
+        float_outputs=outputs,
         cos=cos,
         sin=sin,
         batch=4,

@@ -65,6 +65,7 @@ class AffineQuant:
     stages            how many times the band that is learned grows, from beside the diagonal to the whole matrix
     dense             measure dense matrices at the norms too; they are not part of the result
     dense_stability   their stability factor
+    relative          errors count in proportion to the size of the hidden state of their token (relative.py)
     precision         in which steps multiply matrices: auto (bfloat16 on CPUs with matrix units), float32 or bfloat16
     """
 
@@ -87,6 +88,7 @@ class AffineQuant:
     stages: int = 8
     dense: bool = False
     dense_stability: float = 0.1
+    relative: bool = False
     precision: str = "auto"
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
@@ -35,6 +36,7 @@ from dibit.quantize.fold import copied
 from dibit.quantize.methods.gptq import GPTQ
 from dibit.quantize.methods.rtn import RTN
 from dibit.quantize.stats import Method, Need
+from dibit.quantize.streams import HiddenStates
 from dibit.quantize.trainer import Group, Schedule, TrainingFailure, held_out_loss, prepare, train
 
 STARTS = ("gptq", "rtn")
@@ -53,7 +55,7 @@ class BlockAP:
     symmetric    zero points in the middle of the code range, where they stay
     start        first codes and ranges: gptq or rtn
     start_samples  calibration sequences that gptq looks at, so many at most
-    steps        optimizer steps for each block
+    steps        optimizer steps for each block; 0 leaves the first codes
     batch        calibration sequences in a step
     held_out     share of the calibration sequences that chooses the state to keep
     weight_rate  learning rate of the weights, in mean step sizes of their site
@@ -62,6 +64,7 @@ class BlockAP:
     norm_rate    learning rate of the norms, in their mean size; 0 leaves them as they are
     settle       share of the steps, the last ones, in which codes become final: half of them at first, those farthest
                  from a rounding border, all of them before the last fifth; 0 lets all codes change to the end
+    relative     errors count in proportion to the size of the hidden state of their token (relative.py)
     precision    in which steps multiply matrices: auto (bfloat16 on CPUs with matrix units), float32 or bfloat16
     """
 
@@ -78,9 +81,12 @@ class BlockAP:
     zero_rate: float = 2e-3
     norm_rate: float = 1e-3
     settle: float = 0.0
+    relative: bool = False
     precision: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ConfigError(f"steps is {self.steps}; it must be at least 0")
         self.schedule()
         if self.start not in STARTS:
             raise ConfigError(f"start is {self.start!r}; supported: {', '.join(STARTS)}")
@@ -92,10 +98,19 @@ class BlockAP:
 
     def schedule(self) -> Schedule:
         return Schedule(
-            self.steps, self.batch, self.held_out, decay="cosine", final_rate=0.05, precision=self.precision
+            max(1, self.steps),
+            self.batch,
+            self.held_out,
+            decay="cosine",
+            final_rate=0.05,
+            relative=self.relative,
+            precision=self.precision,
         )
 
     def quantize_block(self, job: BlockJob) -> QuantizedBlock:
+        if not self.steps:
+            first, notes = self._first(job)
+            return QuantizedBlock(first, method=self.start, fallback="; ".join(notes) or None)
         data = prepare(job, self.schedule())
         rounded = rounded_block(job, symmetric=self.symmetric, reason="")
         baseline = held_out_loss(job, low_bit_block(job, rounded.weights), data)
@@ -126,12 +141,15 @@ class BlockAP:
         job.tell(f"layers.{job.layer}, first codes")
         start: Method = RTN(symmetric=self.symmetric, range_search=True)
         if self.start == "gptq":
-            start = GPTQ(symmetric=self.symmetric, asymmetric=True)
+            start = GPTQ(symmetric=self.symmetric, asymmetric=True, relative=self.relative)
         # Second-order statistics need far less text than training does, and several passes over it.
-        count = self.start_samples
-        floats = None if job.float_stream is None else job.float_stream.first(count)
+        first = partial(_first, count=self.start_samples)
         apart = dataclasses.replace(
-            job, block=copied(job.block), quantized=job.quantized.first(count), float_stream=floats
+            job,
+            block=copied(job.block),
+            quantized=job.quantized.first(self.start_samples),
+            float_stream=first(job.float_stream),
+            float_outputs=first(job.float_outputs),
         )
         found = quantize_block(apart, start, name=self.start, progress=lambda site: None).sites
         weights = {site.name: concat_rows(list(one.parts)) for site, one in zip(job.sites, found, strict=True)}
@@ -247,6 +265,10 @@ class Learned:
             form = self._job.formats[site.name]
             weights[site.name] = form.encode(own.weight, round_scales(own.scales), zero_fields(own.zeros, form))
         return weights
+
+
+def _first(stream: HiddenStates | None, count: int) -> HiddenStates | None:
+    return None if stream is None else stream.first(count)
 
 
 def _begun(w: Tensor, first: QTensor, inside: float | None) -> _Site:

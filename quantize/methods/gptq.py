@@ -59,6 +59,7 @@ class GPTQ:
     act_order       round the columns with the largest inputs first; needs static_groups, and changes nothing on disk
     refit           solve for the scales again once the codes are known
     asymmetric      round towards what makes up for the errors of the blocks before (asymmetric.py)
+    relative        errors count in proportion to the size of the hidden state of their token (relative.py)
     fisher          weight the calibration tokens by what errors there cost the model (fisher.py)
     rearrange       permute sorts channels inside the block by their inputs (permute.py), rotate turns the values of
                     attention (rotate.py), none leaves them; the block computes the same
@@ -73,12 +74,17 @@ class GPTQ:
     act_order: bool = True
     refit: bool = True
     asymmetric: bool = False
+    relative: bool = False
     fisher: bool = False
     rearrange: str = "none"
 
     @property
     def needs(self) -> frozenset[Need]:
-        extra: dict[Need, bool] = {"cross": self.asymmetric, "token_weights": self.fisher}
+        extra: dict[Need, bool] = {
+            "cross": self.asymmetric,
+            "token_weights": self.fisher,
+            "relative": self.relative,
+        }
         return frozenset({"hessian", *(need for need, wanted in extra.items() if wanted)})
 
     def __post_init__(self) -> None:

@@ -73,6 +73,7 @@ class OmniQuant:
     transform_down  learn scales between up and down too, as is always done where activations are rounded
     transform_rate  learning rate of the logarithms of the scales
     alpha           share of the inputs, against the weights, in the first scales
+    relative        errors count in proportion to the size of the hidden state of their token (relative.py)
     precision       in which steps multiply matrices: auto (bfloat16 on CPUs with matrix units), float32 or bfloat16
     """
 
@@ -88,6 +89,7 @@ class OmniQuant:
     transform_down: bool = False
     transform_rate: float = 5e-3
     alpha: float = 0.5
+    relative: bool = False
     precision: str = "auto"
 
     def __post_init__(self) -> None:
@@ -101,7 +103,9 @@ class OmniQuant:
             raise ConfigError("transform_down adds to transform; it needs transform=true")
 
     def schedule(self) -> Schedule:
-        return Schedule(self.steps, self.batch, self.held_out, decay="linear", precision=self.precision)
+        return Schedule(
+            self.steps, self.batch, self.held_out, decay="linear", relative=self.relative, precision=self.precision
+        )
 
     def quantize_block(self, job: BlockJob) -> QuantizedBlock:
         task = self.prepare(job)

@@ -73,6 +73,7 @@ def test_missing_statistics_fail_the_site() -> None:
 def test_needs_follow_the_option() -> None:
     assert GPTQ().needs == {"hessian"}
     assert GPTQ(asymmetric=True).needs == {"hessian", "cross"}
+    assert GPTQ(relative=True).needs == {"hessian", "relative"}
 
 
 @torch.no_grad()

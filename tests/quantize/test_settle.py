@@ -15,7 +15,9 @@ from dibit.engine.models.spec import LinearSite, Part
 from dibit.kernels.formats import Format, dequantize
 from dibit.quantize.block import BlockJob, rounded_block
 from dibit.quantize.methods.block_ap import BlockAP, Learned
-from dibit.quantize.streams import HiddenStates, StreamConfig
+from dibit.quantize.methods.rtn import RTN
+from dibit.quantize.stats import Stats
+from dibit.quantize.streams import HiddenStates, StreamConfig, advance
 from dibit.quantize.trainer import prepare, train
 
 METHOD = BlockAP(start="rtn", steps=20, batch=3, held_out=0.25, weight_rate=0.05, scale_rate=0.02, settle=0.5)
@@ -31,7 +33,10 @@ def make_job(directory: Path, format: Format) -> BlockJob:
     stream = HiddenStates(8, 12, block.sizes.hidden, config=StreamConfig(), directory=directory)
     stream.write(0, torch.randn(8, 12, block.sizes.hidden, generator=torch.Generator().manual_seed(1)))
     formats = {site.name: format for site in listed}
-    return BlockJob(0, block, tuple(listed), formats, stream, stream, *block.sizes.rope.tables(12), 4, 0)
+    tables = block.sizes.rope.tables(12)
+    outputs = stream.empty_like()
+    advance(stream, block, *tables, batch=4, into=outputs)
+    return BlockJob(0, block, tuple(listed), formats, stream, stream, *tables, 4, 0, float_outputs=outputs)
 
 
 @pytest.mark.parametrize("format", [Format(2, 16), Format(3, 16, "fractional")], ids=lambda f: f.name)
@@ -75,3 +80,14 @@ def test_a_restart_lets_go_of_them(tmp_path: Path) -> None:
 def test_a_share_beyond_one_is_refused() -> None:
     with pytest.raises(ConfigError, match="settle"):
         BlockAP(settle=1.0)
+
+
+def test_no_steps_leave_the_first_codes(tmp_path: Path) -> None:
+    job = make_job(tmp_path, Format(2, 16))
+    found = BlockAP(start="rtn", steps=0).quantize_block(job)
+    assert found.training is None
+    assert found.method == "rtn"
+    for site in job.sites:
+        linear: Any = job.block.linears[site.key]
+        expected = RTN(range_search=True).quantize(linear.weight, job.formats[site.name], Stats())
+        assert torch.equal(found.weights[site.name].codes, expected.codes)

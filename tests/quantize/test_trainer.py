@@ -17,7 +17,7 @@ from dibit.engine.models.spec import LinearSite, Part
 from dibit.kernels.formats import Format
 from dibit.quantize.block import BlockJob
 from dibit.quantize.fold import copied
-from dibit.quantize.streams import HiddenStates, StreamConfig
+from dibit.quantize.streams import HiddenStates, StreamConfig, advance
 from dibit.quantize.trainer import Group, Schedule, TrainingFailure, held_out_loss, prepare, train
 
 SAMPLES, LENGTH = 10, 12
@@ -39,13 +39,17 @@ def make_job(directory: Path, *, seed: int = 0) -> BlockJob:
         n, k = linear.weight.shape
         sites.append(LinearSite(f"layers.3.{key}", (Part(key, n),), n, k, "x", bias=True))
     cos, sin = block.sizes.rope.tables(LENGTH)
+    float_stream = stream(block.sizes.hidden, 0.0, directory)
+    outputs = float_stream.empty_like()
+    advance(float_stream, block, cos, sin, batch=4, into=outputs)
     return BlockJob(
         layer=3,
         block=block,
         sites=tuple(sites),
         formats={site.name: Format(3, 16) for site in sites},
         quantized=stream(block.sizes.hidden, 0.1, directory),
-        float_stream=stream(block.sizes.hidden, 0.0, directory),
+        float_stream=float_stream,
+        float_outputs=outputs,
         cos=cos,
         sin=sin,
         batch=4,
