@@ -22,7 +22,6 @@ _SEGMENTS = 8
 def relative_weights(outputs: HiddenStates) -> Tensor:
     """One over the mean square of every token of `outputs`, scaled to a mean of 1: float32 [samples, length]."""
     squares = torch.cat([x.square().mean(dim=-1) for _, x in outputs.batches(_SEGMENTS)])
-    weights = squares.clamp_(min=torch.finfo(torch.float32).tiny).reciprocal_()
     # Of a token that is all zeros nothing is known.
-    weights.masked_fill_(weights.isinf(), 0.0)
+    weights = torch.where(squares > 0, squares.clamp(min=torch.finfo(torch.float32).tiny).reciprocal(), 0.0)
     return weights.div_(weights.mean())
