@@ -13,6 +13,8 @@ import typer
 from dibit.engine.errors import ConfigError
 from dibit.server.options import MODEL_HELP
 
+_SECRET = ("--api-key", "--header")
+
 
 def bench_serve(
     *,
@@ -139,7 +141,7 @@ def bench_serve(
             typer.echo(run.text())
             if save_result or save_detailed:
                 path = result_dir / (result_filename or run.file_name(label=label))
-                command = shlex.join(["dibit", *sys.argv[1:]])
+                command = _command(sys.argv[1:])
                 serve.write_result(run, path, label=label, metadata=notes, command=command, detailed=save_detailed)
 
 
@@ -171,6 +173,20 @@ def _numbers(text: str, option: str, *, whole: bool = False) -> list[float]:
         return [int(part) if whole else float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"{option} {text!r} is not a number, or several such as 1,2,4") from error
+
+
+def _command(words: list[str]) -> str:
+    """The command as it is put into a file: without keys."""
+    shown = ["dibit"]
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if shown[-1] in _SECRET:
+            shown.append("...")
+        elif equals and name in _SECRET:
+            shown.append(f"{name}=...")
+        else:
+            shown.append(word)
+    return shlex.join(shown)
 
 
 def _pairs(texts: list[str], option: str) -> dict[str, str]:

@@ -323,20 +323,26 @@ def live() -> Iterator[Live]:
 
 
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])
-def test_our_server_from_the_command_line(live: Live, tmp_path: Path, backend: str) -> None:
+def test_our_server_from_the_command_line(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"say {i}", "output_tokens": 6}) + "\n" for i in range(8)))
     words = ["bench", "serve", "--base-url", live.url, "--backend", backend, "--dataset-name", "custom"]
     words += ["--dataset-path", str(prompts), "--num-prompts", "8", "--max-concurrency", "1,4", "--ignore-eos"]
     words += ["--goodput", "ttft:60000 tpot:0", "--save-detailed", "--result-dir", str(tmp_path / "out")]
     words += ["--label", "ours", "--metadata", "kernel=fake"]
+    words += ["--api-key", "secret-1", "--header=x-key=secret-2", "--header", "x-more=secret-3"]
+    monkeypatch.setattr("sys.argv", ["dibit", *words])
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert done.output.count(" Serving Benchmark Result ") == 2
     files = sorted((tmp_path / "out").iterdir())
     assert [file.name.startswith(f"ours-infqps-concurrency{n}-fake-") for file, n in zip(files, (1, 4), strict=True)]
     for file, limit in zip(files, (1, 4), strict=True):
+        assert "secret" not in file.read_text()
         values = json.loads(file.read_text())
+        assert "--num-prompts 8" in values["client"]["command"]
         assert (values["completed"], values["failed"], values["max_concurrency"]) == (8, 0, limit)
         assert (values["model_id"], values["kernel"], values["request_rate"]) == (MODEL, "fake", "inf")
         assert values["max_concurrent_requests"] == limit
