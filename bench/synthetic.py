@@ -102,7 +102,7 @@ def write_low_bit(out: Path, shape: Shape, *, bits: int, group_size: int = 64, s
     aside = out.with_name(out.name + ".partial")
     aside.mkdir(parents=True, exist_ok=True)
     (aside / "config.json").write_text(json.dumps(config, indent=2))
-    _write_tokenizer(aside, shape.vocab)
+    write_tokenizer(aside, shape.vocab)
     save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
     aside.rename(out)
 
@@ -158,7 +158,7 @@ def _random_linear(n: int, k: int, *, bits: int, group_size: int, draw: torch.Ge
     }
 
 
-def _write_tokenizer(directory: Path, vocab: int) -> None:
+def write_tokenizer(directory: Path, vocab: int) -> None:
     """The 256 bytes, and words that no text is made of."""
     entries = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     for i in range(len(entries), vocab):
