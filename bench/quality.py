@@ -40,8 +40,18 @@ class Row:
 
 
 W2 = "--bits 2 --group-size 64"
-KEPT = ("method", "options", "bits_per_weight", "calibration", "seed", "threads")
-KEPT += ("seconds", "peak_rss_bytes", "versions")
+# Of quantize_report.json.
+KEPT = (
+    "method",
+    "options",
+    "bits_per_weight",
+    "calibration",
+    "seed",
+    "threads",
+    "seconds",
+    "peak_rss_bytes",
+    "versions",
+)
 ROWS = (
     Row("rtn-2", "RTN", f"{W2} --method rtn"),
     Row("gptq-2", "GPTQ, the paper's", f"{W2} {PAPERS_GPTQ} --samples 128"),
