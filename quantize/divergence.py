@@ -6,7 +6,8 @@ compares the whole distributions, is zero only when they are equal, and tells sm
     KL = sum over the vocabulary of p (log p - log q),  p of the reference, q of the model
 
 Both models run through the serving runtime, over the same windows as in evaluate.py, side by side: a chunk of one, the
-same chunk of the other. So no logits are stored, and memory holds both models and the logits of two chunks.
+same chunk of the other. So no logits are stored, and memory holds both models and the logits of two chunks. A float
+reference may instead have run before, block by block (reference.py); then memory holds its head beside the model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +28,9 @@ from dibit.engine.errors import ConfigError, EngineFault, UserError
 from dibit.engine.llm import LLM
 from dibit.engine.request import FinishReason
 from dibit.engine.runner import ModelRunner, set_threads
+from dibit.engine.tokenizer import Tokenizer
 from dibit.quantize.evaluate import text_windows
+from dibit.quantize.reference import StreamedReference, StreamedSide
 
 # Rows that are compared at a time: a few MB for any vocabulary, so that they stay in the cache.
 ROWS = 16
@@ -91,7 +95,7 @@ def compare(reference: Tensor, model: Tensor, targets: Tensor) -> Compared:
 
 def divergence(
     model: LLM,
-    reference: LLM,
+    reference: LLM | StreamedReference,
     text: Path,
     *,
     context: int = 2048,
@@ -100,14 +104,17 @@ def divergence(
 ) -> Divergence:
     """Divergence of `model` from `reference` on the UTF-8 file `text`. `progress(done, windows, mean so far)`.
 
+    A streamed reference was made for the same text, context and number of windows.
+
     Raises UserError when the text is not readable or too short, ConfigError when the two have not one vocabulary.
     """
     began = time.perf_counter()
     windows = text_windows(reference.tokenizer, text, context=context, max_windows=max_windows)
     if text_windows(model.tokenizer, text, context=context, max_windows=max_windows) != windows:
         raise ConfigError("the model and the reference cut the text into different tokens; they need one tokenizer")
-    sides = (_Side(reference), _Side(model))
-    vocab = [side.runner.decoder.sizes.vocab for side in sides]
+    other = StreamedSide(reference) if isinstance(reference, StreamedReference) else _LlmSide(reference)
+    sides: tuple[Side, Side] = (other, _LlmSide(model))
+    vocab = [side.vocab for side in sides]
     if vocab[0] != vocab[1]:
         raise ConfigError(f"the reference has {vocab[0]} tokens and the model {vocab[1]}; they need one vocabulary")
     found: list[Compared] = []
@@ -143,7 +150,7 @@ def _summary(found: Sequence[Compared], *, context: int, seconds: float) -> Dive
     )
 
 
-def _window(sides: tuple[_Side, _Side], window: Sequence[int]) -> Compared:
+def _window(sides: tuple[Side, Side], window: Sequence[int]) -> Compared:
     targets = torch.tensor(window[1:])
     parts: list[Compared] = []
     done = 0
@@ -165,13 +172,45 @@ def _window(sides: tuple[_Side, _Side], window: Sequence[int]) -> Compared:
     return Compared(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-@dataclass(eq=False)
-class _Side:
+class Side(Protocol):
     """One of the two models, and its logits that wait for the other's."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def ready(self) -> int:
+        """Rows of logits that wait."""
+        ...
+
+    def begin(self, window: Sequence[int]) -> None: ...
+    def step(self) -> None:
+        """Some more rows."""
+        ...
+
+    def take(self, count: int) -> Tensor:
+        """The first `count` rows that wait."""
+        ...
+
+    def end(self) -> None: ...
+
+
+@dataclass(eq=False)
+class _LlmSide:
+    """A model that is loaded."""
 
     llm: LLM
     _waiting: deque[Tensor] = field(default_factory=deque)
     _count: int = 0
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.llm.tokenizer
+
+    @property
+    def vocab(self) -> int:
+        return self.runner.decoder.sizes.vocab
 
     @property
     def runner(self) -> ModelRunner:

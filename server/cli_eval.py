@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError
 from dibit.server.options import MODEL_HELP, Json, Model, engine_options
+
+if TYPE_CHECKING:
+    from dibit.quantize.reference import StreamedReference
 
 eval_app = typer.Typer(help="Measure a model's quality through the serving runtime.", no_args_is_help=True)
 
@@ -54,11 +59,18 @@ def eval_kl(
     text: Text,
     ctx: Context = 2048,
     max_windows: MaxWindows = None,
+    stream_reference: Annotated[
+        bool,
+        typer.Option(
+            "--stream-reference", help="run a float reference first and block by block, so that it is never in memory"
+        ),
+    ] = False,
     json: Json = None,
     config: EngineConfig,
 ) -> None:
     """Divergence of a model's predictions from those of a reference, usually the float model it was made from:
-    KL of every token, agreement of the likeliest tokens, perplexity of both. Holds both models in memory.
+    KL of every token, agreement of the likeliest tokens, perplexity of both. Holds both models in memory, or with
+    --stream-reference the model and a block of the reference, with the same result.
 
     Example: dibit eval kl models/demo-4bit --reference demo --text wiki.test.raw --ctx 512 --max-windows 8
     """
@@ -69,13 +81,35 @@ def eval_kl(
     from dibit.server.progress import window_progress
 
     one = _for_one_sequence(config, ctx)
-    with (
-        LLM.of(build_core(reference, one)) as float_llm,
-        LLM.of(build_core(model, one)) as llm,
-        window_progress("kl") as progress,
-    ):
-        result = divergence(llm, float_llm, text, context=ctx, max_windows=max_windows, progress=progress)
+    with ExitStack() as stack:
+        other: LLM | StreamedReference
+        if stream_reference:
+            other = _streamed(reference, text, config, context=ctx, max_windows=max_windows)
+        else:
+            other = stack.enter_context(LLM.of(build_core(reference, one)))
+        llm = stack.enter_context(LLM.of(build_core(model, one)))
+        progress = stack.enter_context(window_progress("kl"))
+        result = divergence(llm, other, text, context=ctx, max_windows=max_windows, progress=progress)
     emit(result, json)
+
+
+def _streamed(
+    reference: str, text: Path, config: EngineConfig, *, context: int, max_windows: int | None
+) -> StreamedReference:
+    from dibit.engine.checkpoint import open_checkpoint, resolve_model
+    from dibit.quantize.reference import StreamedReference
+    from dibit.server.progress import quantize_progress
+
+    with closing(open_checkpoint(resolve_model(reference))) as checkpoint, quantize_progress() as show:
+        return StreamedReference(
+            checkpoint,
+            text,
+            context=context,
+            max_windows=max_windows,
+            directory=Path(gettempdir()),
+            threads=config.threads,
+            progress=lambda done, blocks: show(done, blocks, "reference"),
+        )
 
 
 @eval_app.command("tasks")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from dibit.kernels.formats import QTensor, dequantize
 from dibit.quantize import quantize_checkpoint
 from dibit.quantize.divergence import ROWS, compare, divergence
 from dibit.quantize.evaluate import perplexity, text_windows
+from dibit.quantize.reference import StreamedReference
+from dibit.quantize.streams import StreamConfig
 
 CONTEXT = 24
 # Nothing is rounded beside the weights of the blocks, so that transformers computes the same.
@@ -122,6 +125,41 @@ def test_perplexity_of_both_is_the_one_that_eval_ppl_has(tiny: Path, low: Path, 
     assert found.ppl == pytest.approx(alone.ppl, rel=1e-5)
     assert 0 < alone.scoring_seconds < alone.seconds
     assert alone.tokens_per_s == pytest.approx(8 * CONTEXT / alone.seconds)
+
+
+@pytest.mark.parametrize("memory_bytes", [1 << 30, 0])
+def test_a_reference_that_is_never_whole_gives_the_same(
+    tiny: Path, low: Path, short: Path, tmp_path: Path, memory_bytes: int
+) -> None:
+    heard: list[tuple[int, int]] = []
+    with closing(open_checkpoint(tiny)) as checkpoint:
+        streamed = StreamedReference(
+            checkpoint,
+            short,
+            context=CONTEXT,
+            max_windows=5,
+            directory=tmp_path,
+            streams=StreamConfig(memory_bytes=memory_bytes),
+            progress=lambda done, blocks: heard.append((done, blocks)),
+        )
+    assert heard == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    with llm(low) as model, llm(tiny) as reference:
+        found = divergence(model, streamed, short, context=CONTEXT, max_windows=5)
+        wanted = divergence(model, reference, short, context=CONTEXT, max_windows=5)
+        with pytest.raises(ValueError, match="other windows"):
+            divergence(model, streamed, short, context=CONTEXT - 1)
+    assert found.window_kl == pytest.approx(wanted.window_kl, rel=1e-4)
+    assert found.kl_max == pytest.approx(wanted.kl_max, rel=1e-4)
+    assert found.reference_ppl == pytest.approx(wanted.reference_ppl, rel=1e-6)
+    assert (found.ppl, found.tokens) == (wanted.ppl, wanted.tokens)
+    assert list(tmp_path.iterdir()) == [short]
+
+
+def test_references_that_cannot_be_streamed(tiny: Path, low: Path, short: Path, tmp_path: Path) -> None:
+    with closing(open_checkpoint(low)) as quantized, pytest.raises(ConfigError, match="load this one whole"):
+        StreamedReference(quantized, short, context=CONTEXT, directory=tmp_path)
+    with closing(open_checkpoint(tiny)) as checkpoint, pytest.raises(ConfigError, match="64 positions"):
+        StreamedReference(checkpoint, short, context=65, directory=tmp_path)
 
 
 def test_vocabularies_must_be_one(tiny: Path, short: Path, tmp_path: Path) -> None:

@@ -195,6 +195,11 @@ def test_divergence_from_the_float_model(run: Callable[..., Ended], low_bit: Pat
     assert 0 < found["kl_median"] < found["kl_mean"] < 1
     assert 0.5 < found["top1_agreement"] <= 1
     assert 1 < found["reference_ppl"] < 20
+    streamed = json.loads(run("eval", "kl", low_bit, *words, "--stream-reference", "--json", "-").out)
+    assert streamed["kl_mean"] == pytest.approx(found["kl_mean"], rel=1e-3)
+    refused = run("eval", "kl", low_bit, "--reference", low_bit, "--text", text, "--ctx", 48, "--stream-reference")
+    assert refused.status == 2
+    assert "load this one whole" in refused.err
 
 
 @pytest.mark.demo
