@@ -30,6 +30,16 @@ _OPTIONS = (
     "LLAMA_BUILD_EXAMPLES=OFF",
     "LLAMA_BUILD_SERVER=OFF",
 )
+# GCC (12, at least) takes `_tile_loadconfig` to read 8 bytes of its 64 and drops the stores to the rest as dead: the
+# first product with AMX then ends in a general protection fault.
+_TILE_LOADCONFIG = """#if defined(__AMX_TILE__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+static inline void tile_loadconfig_64(const void * config) {
+    __asm__ volatile("ldtilecfg %0" ::"m"(*(const char (*)[64]) config));
+}
+#define _tile_loadconfig tile_loadconfig_64
+#endif
+"""
 _ERROR_LINES = 8
 # The kernel counts the memory of the process that started a program into the program's peak. This one is small.
 _LAUNCHER = """
@@ -112,20 +122,14 @@ def build(source: Path, out: Path, *, jobs: int) -> LlamaCpp:
     """Compile for this machine's processor; minutes to half an hour. What is built already is kept."""
     if not (source / "CMakeLists.txt").is_file():
         raise ConfigError(f"{source} has no CMakeLists.txt; --llama-cpp-source names llama.cpp's own directory")
-    options = [f"-D{option}" for option in (*_OPTIONS, f"CMAKE_CXX_FLAGS={_cxx_flags()}")]
-    run(["cmake", "-S", source, "-B", out, *options], shown=True)
+    out.mkdir(parents=True, exist_ok=True)
+    header = out.absolute() / "tile_loadconfig.h"
+    if not header.exists():
+        header.write_text(_TILE_LOADCONFIG)
+    flags = (*_OPTIONS, f"CMAKE_CXX_FLAGS=-include {header}")
+    run(["cmake", "-S", source, "-B", out, *(f"-D{flag}" for flag in flags)], shown=True)
     run(["cmake", "--build", out, "--target", *PROGRAMS, "-j", str(jobs)], shown=True)
     return LlamaCpp(out / "bin")
-
-
-def _cxx_flags() -> str:
-    """GCC (12, at least) takes `_tile_loadconfig` to read 8 bytes of its 64 and drops the stores to the rest as dead:
-    its first product with AMX then ends in a general protection fault."""
-    try:
-        has_tiles = "amx_tile" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        has_tiles = False
-    return "-fno-tree-dse -fno-dse" if has_tiles else ""
 
 
 def tensor_bytes(model: Path) -> int:

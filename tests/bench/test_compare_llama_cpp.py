@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import stat
 import sys
@@ -106,8 +107,30 @@ def test_programs_are_read_and_their_failures_told(tools: LlamaCpp, tmp_path: Pa
     (tmp_path / "llama-quantize").unlink()
     with pytest.raises(ConfigError, match="no llama-quantize"):
         LlamaCpp(tmp_path)
+
+
+def test_a_build_is_for_this_machine_and_repairs_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cmake").write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\n"
+        f"said = pathlib.Path({str(tmp_path / 'said')!r})\n"
+        "said.open('a').write(repr(sys.argv[1:]) + chr(10))\n"
+        "if sys.argv[1] == '--build':\n"
+        "    programs = pathlib.Path(sys.argv[2]) / 'bin'\n"
+        "    programs.mkdir()\n"
+        "    [(programs / name).touch() for name in sys.argv[4:-2]]\n"
+    )
+    (tmp_path / "cmake").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(ConfigError, match="--llama-cpp-source"):
         llama_cpp.build(tmp_path, tmp_path / "out", jobs=1)
+    (tmp_path / "CMakeLists.txt").touch()
+    tools = llama_cpp.build(tmp_path, tmp_path / "out", jobs=3)
+    assert tools.directory == tmp_path / "out" / "bin"
+    configure, make = (ast.literal_eval(line) for line in (tmp_path / "said").read_text().splitlines())
+    assert "-DGGML_NATIVE=ON" in configure
+    [include] = [word.removeprefix("-DCMAKE_CXX_FLAGS=-include ") for word in configure if "-include" in word]
+    assert "const char (*)[64]" in Path(include).read_text()
+    assert make[-2:] == ["-j", "3"]
 
 
 def test_peak_memory_is_that_of_the_program_alone() -> None:
