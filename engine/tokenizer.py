@@ -64,6 +64,18 @@ class Tokenizer(Protocol):
         """Ids of a conversation; RequestError when there is no template, or it refuses the messages."""
         ...
 
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text of the same, to be encoded without special tokens of its own."""
+        ...
+
     def token_text(self, token_id: int) -> str:
         """One token's text by itself, special tokens too."""
         ...
@@ -197,6 +209,24 @@ class HFTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
     ) -> list[int]:
+        text = self.chat_text(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            template_args=template_args,
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:
         """`template_args` reach the template as variables (for example `enable_thinking`)."""
         if not self._hf.chat_template:
             raise RequestError(
@@ -210,7 +240,7 @@ class HFTokenizer:
                 f"{', '.join(reserved)} cannot be set as a chat template variable", param="chat_template_kwargs"
             )
         try:
-            text = self._hf.apply_chat_template(
+            text: str = self._hf.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 add_generation_prompt=add_generation_prompt,
@@ -222,7 +252,7 @@ class HFTokenizer:
             raise RequestError(
                 f"the model's chat template does not accept these messages: {_line(error)}", param="messages"
             ) from error
-        return self.encode(text, add_special_tokens=False)
+        return text
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")

@@ -186,12 +186,12 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         return self._llm.tokenizer.encode(string, add_special_tokens=not begun)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:  # noqa: FBT001, FBT002
-        ids = self._llm.tokenizer.apply_chat_template(
+        # The text as it is: white space at its end, which tokens need not keep, decides how an answer begins.
+        return self._llm.tokenizer.chat_text(
             chat_history,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
-        return self._llm.tokenizer.decode(ids, skip_special_tokens=False)
 
     def chat_template(self, chat_template: bool | str = False) -> str:  # noqa: FBT001, FBT002
         # The harness only notes it in its results.

@@ -46,14 +46,29 @@ class ByteTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
     ) -> list[int]:
+        return self.encode(
+            self.chat_text(
+                messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+            )
+        )
+
+    def chat_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> str:
         """ "role: content" lines. Refuses roles it does not know, as real templates do."""
         for message in messages:
             if message["role"] not in ("system", "user", "assistant", "tool"):
                 raise RequestError(f"the model's chat template has no role {message['role']!r}", param="messages")
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         if continue_final_message:
-            return self.encode(text.removesuffix("\n"))
-        return self.encode(text + ("assistant: " if add_generation_prompt else ""))
+            return text.removesuffix("\n")
+        return text + ("assistant: " if add_generation_prompt else "")
 
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")

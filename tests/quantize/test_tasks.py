@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,73 @@ def test_own_tasks_run_through_the_engine(tasks: Any, llm: LLM, own_tasks: Path)
     assert "dibit_choose" in found.text()
     limited = tasks.run_tasks(llm, names[:1], include_path=own_tasks, limit=2)
     assert limited.results[0].samples == 2
+
+
+@pytest.fixture(scope="module")
+def talking(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """The same model with a chat template: w90 before and w91 behind a message, w92 where an answer begins."""
+    path = tmp_path_factory.mktemp("talking") / "tiny"
+    shutil.copytree(tiny, path)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    turns = "{% for message in messages %}w90 {{ message.content }} w91 {% endfor %}"
+    settings["chat_template"] = turns + "{% if add_generation_prompt %}w92 {% endif %}"
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    threads = torch.get_num_threads()
+    with LLM.of(build_core(path, EngineConfig(backend="reference", block_size=4, threads=1))) as llm:
+        yield llm
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def asked(tasks: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All that the harness asks of the model from here on."""
+    found: list[Any] = []
+    for name in ("likelihoods", "write"):
+        answer = getattr(tasks, name)
+
+        def heard(llm: LLM, requests: Any, *, answer: Any = answer, **rest: Any) -> Any:
+            found.extend(requests)
+            return answer(llm, requests, **rest)
+
+        monkeypatch.setattr(tasks, name, heard)
+    return found
+
+
+@pytest.mark.filterwarnings("default")
+def test_questions_are_put_into_the_chat_template(
+    tasks: Any, talking: LLM, own_tasks: Path, tmp_path: Path, asked: list[Any]
+) -> None:
+    for name in ("choose", "write"):
+        text = (own_tasks / f"{name}.yaml").read_text().replace(f"dibit_{name}", f"by_hand_{name}")
+        (tmp_path / f"{name}.yaml").write_text(text.replace("{{question}}", "w90 {{question}} w91 w92"))
+    tasks.run_tasks(talking, ["by_hand_choose", "by_hand_write"], include_path=tmp_path)
+    by_hand = list(asked)
+    asked.clear()
+    found = tasks.run_tasks(talking, ["dibit_choose", "dibit_write"], include_path=own_tasks, chat_template=True)
+    assert asked == by_hand
+    # Two choices to weigh, and one text to write.
+    assert len(asked) == 3 * len(QUESTIONS)
+    assert {result.samples for result in found.results} == {len(QUESTIONS)}
+
+
+@pytest.mark.filterwarnings("default")
+def test_examples_are_turns_of_the_chat(tasks: Any, talking: LLM, own_tasks: Path, asked: list[Any]) -> None:
+    tasks.run_tasks(talking, ["dibit_choose"], include_path=own_tasks, chat_template=True, shots=1)
+    questions = [[int(word[1:]) for word in question.split()] for question in QUESTIONS]
+    for i, request in enumerate(asked):
+        question, answer, own = (turn[:-1] for turn in _split(request.context[:-1], 90))
+        assert list(own) == questions[i // 2]
+        assert list(question) in questions
+        assert list(question) != list(own)
+        assert len(answer) == 1
+        assert request.context[-2:] == (91, 92)
+        assert request.tokens == (10 + i // 2 + 50 * (i % 2),)
+
+
+def _split(tokens: tuple[int, ...], mark: int) -> list[tuple[int, ...]]:
+    """The pieces behind each mark."""
+    starts = [i for i, token in enumerate(tokens) if token == mark]
+    return [tokens[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
 
 
 @pytest.mark.filterwarnings("default")
