@@ -39,6 +39,8 @@ class EngineConfig:
     threads           compute threads (None: every core this process may use)
     prefix_cache      reuse the KV blocks of a shared prompt prefix
     tape              replay decode steps as recorded lists of native calls, where every op of the model is native
+    cache             keep packed weights on disk and map them on the next start (CPU)
+    cache_dir         where they are kept (None: dibit/packed in the user's cache directory)
     """
 
     device: Device = "auto"
@@ -56,6 +58,8 @@ class EngineConfig:
     threads: int | None = None
     prefix_cache: bool = True
     tape: bool = True
+    cache: bool = True
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "max_queued", "block_size"):

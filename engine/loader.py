@@ -1,7 +1,8 @@
 """A checkpoint becomes a Decoder: tensor by tensor, packed for the backend, the source let go at once.
 
 At no time is there more than the packed model so far, the parts of one fused site, and what its packing needs. The
-embedding, the largest tensor, comes first, while little else is held.
+embedding, the largest tensor, comes first, while little else is held. What a PackedCache has is neither read nor
+packed.
 
 A checkpoint may say to which width the inputs of its quantized linears are rounded: those of the blocks, never the
 head, whose input decides between tokens.
@@ -30,6 +31,7 @@ from dibit.engine.models import resolve_arch
 from dibit.engine.models.decoder import Block, Decoder, FloatLinear, Linear, Ops, PackedLinear, SideBySide
 from dibit.engine.models.spec import Arch, LinearSite, Part, Sizes, norm_names, sites
 from dibit.engine.models.weights import Weights, check_names, read_bias, read_float_site, read_linear, read_tensor
+from dibit.engine.packed_cache import PackedCache
 from dibit.kernels.dispatch import NoKernel, Resolved, resolve
 from dibit.kernels.formats import PER_CHANNEL, Format, FormatError, QTensor
 from dibit.kernels.triton.availability import unavailable as gpu_kernels_unavailable
@@ -73,11 +75,13 @@ def load_decoder(
     *,
     config: EngineConfig | None = None,
     activation_bits: int | None = None,
+    cache: PackedCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
     """Read, check and pack a model. `progress(done, layers)` is called after each block.
 
     activation_bits  `Quantization.activation_bits` of the checkpoint: for the quantized linears of its blocks
+    cache            where packed weights of the cpu backend are kept between starts
 
     Raises CheckpointError for tensors that are missing, unknown or of the wrong shape, ConfigError for a backend that
     cannot run here.
@@ -87,11 +91,17 @@ def load_decoder(
     check_names(weights, arch, sizes)
     try:
         with _one_torch_thread():
-            return _Loader(weights, arch, sizes, config, activation_bits).decoder(progress)
+            decoder = _Loader(weights, arch, sizes, config, activation_bits, cache).decoder(progress)
+        if cache is not None:
+            cache.finish()
+        return decoder
     except NoKernel as error:
         raise ConfigError(f"{error}; choose another backend, or auto") from error
     except FormatError as error:
         raise CheckpointError(str(error)) from error
+    finally:
+        if cache is not None:
+            cache.abandon()
 
 
 def body_format(weights: Weights, arch: Arch, sizes: Sizes) -> Format | None:
@@ -143,9 +153,16 @@ def _one_torch_thread() -> Iterator[None]:
 
 class _Loader:
     def __init__(
-        self, weights: Weights, arch: Arch, sizes: Sizes, config: EngineConfig, activation_bits: int | None
+        self,
+        weights: Weights,
+        arch: Arch,
+        sizes: Sizes,
+        config: EngineConfig,
+        activation_bits: int | None,
+        cache: PackedCache | None,
     ) -> None:
         self.activation_bits = activation_bits
+        self.cache = cache
         self.weights = weights
         self.arch = arch
         self.sizes = sizes
@@ -188,7 +205,7 @@ class _Loader:
             self.table_bytes = table.nbytes
             return FloatEmbedding(table), self._head()
         held = head_format(sizes.hidden, self.config.head_bits)
-        packed = self._pack(round_to_nearest(self._stored(name, shape), held))
+        packed = self._pack(name, shape, held, lambda: round_to_nearest(self._stored(name, shape), held))
         rows = self._resolve("embedding", held)
         embedding = PackedEmbedding(rows.run, packed.weight)
         if sizes.tied_head:
@@ -197,13 +214,20 @@ class _Loader:
         return embedding, self._head()
 
     def _head(self) -> Linear:
-        part = Part(self.arch.head, self.sizes.vocab)
+        part, shape = Part(self.arch.head, self.sizes.vocab), (self.sizes.vocab, self.sizes.hidden)
+        stored = self.weights.linear_format(part.module)
+        if stored is not None:
+            return self._pack(part.module, shape, stored, lambda: self._quantized(part, self.sizes.hidden, stored))
+        if self.format is not None and self.config.head_bits < 16:
+            held = head_format(self.sizes.hidden, self.config.head_bits)
+            return self._pack(part.module, shape, held, lambda: round_to_nearest(self._float_head(part), held))
+        return FloatLinear(self._held(self._float_head(part).float()))
+
+    def _float_head(self, part: Part) -> Tensor:
         found = read_linear(self.weights, part, self.sizes.hidden)
         if isinstance(found, QTensor):
-            return self._pack(found)
-        if self.format is not None and self.config.head_bits < 16:
-            return self._pack(round_to_nearest(found, head_format(self.sizes.hidden, self.config.head_bits)))
-        return FloatLinear(self._held(found.float()))
+            raise CheckpointError(f"{part.module} is not float as the checkpoint's headers say; it is broken")
+        return found
 
     def _block(self, layer: int) -> Block:
         attn_norm, mlp_norm = (self._norm(name) for name in norm_names(self.arch, layer))
@@ -221,9 +245,18 @@ class _Loader:
             if packed is None:
                 segments.append(FloatLinear(self._held(read_float_site(self.weights, segment)), bias))
             else:
-                fused = self._fused(segment, packed)
-                segments.append(self._pack(fused, bias, activation_bits=self.activation_bits))
+                segments.append(self._packed_site(segment, packed, bias))
         return segments[0] if len(segments) == 1 else SideBySide(tuple(segments), self.ops.concat)
+
+    def _packed_site(self, site: LinearSite, format: Format, bias: Tensor | None) -> Linear:
+        return self._pack(
+            "+".join(part.module for part in site.parts),
+            (site.n, site.k),
+            format,
+            lambda: self._fused(site, format),
+            bias,
+            activation_bits=self.activation_bits,
+        )
 
     def _fused(self, site: LinearSite, format: Format) -> QTensor:
         if len(site.parts) == 1:
@@ -244,11 +277,27 @@ class _Loader:
             raise CheckpointError(f"{part.module} is not {format.name} as the checkpoint's headers say; it is broken")
         return found
 
-    def _pack(self, w: QTensor, bias: Tensor | None = None, *, activation_bits: int | None = None) -> PackedLinear:
-        chosen = self._resolve("qlinear", w.format, activation_bits)
-        if self.device.type != "cpu":
-            w = QTensor(w.codes.to(self.device), w.zeros.to(self.device), w.scales.to(self.device), w.format)
-        weight = w if chosen.pack is None else chosen.pack(w)
+    def _pack(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        format: Format,
+        make: Callable[[], QTensor],
+        bias: Tensor | None = None,
+        *,
+        activation_bits: int | None = None,
+    ) -> PackedLinear:
+        """The linear of the weight that `make` makes, or of the one that the cache has packed under this name."""
+        chosen = self._resolve("qlinear", format, activation_bits)
+        cache = self.cache if chosen.backend == "cpu" else None
+        weight: Any = None if cache is None else cache.get(name, shape, format)
+        if weight is None:
+            w = make()
+            if self.device.type != "cpu":
+                w = QTensor(w.codes.to(self.device), w.zeros.to(self.device), w.scales.to(self.device), w.format)
+            weight = w if chosen.pack is None else chosen.pack(w)
+            if cache is not None:
+                cache.put(name, weight)
         nbytes = sum(tensor.nbytes for tensor in (weight.codes, weight.zeros, weight.scales))
         self.nbytes += nbytes
         return PackedLinear(chosen.run, weight, bias, nbytes, activation_bits)

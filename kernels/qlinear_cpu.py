@@ -28,6 +28,8 @@ from dibit.kernels.qlinear import check_activation_bits
 
 PANEL_ROWS = 16
 MAX_BLOCK = 32
+# Of the bytes that `pack` makes; to be raised whenever they change, as packed weights outlive the process.
+LAYOUT_VERSION = 1
 
 _CODE_TOO_LARGE = 2
 
@@ -76,6 +78,53 @@ def block_columns(format: Format) -> int:
     return MAX_BLOCK if format.group_size == PER_CHANNEL else min(format.group_size, MAX_BLOCK)
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Shapes of the packed tensors of a weight [N, K]."""
+
+    n: int
+    k: int
+    format: Format
+    padded: int
+    block: int
+    blocks_per_group: int
+    codes: tuple[int, int]
+    groups: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, n: int, k: int, format: Format) -> _Layout:
+        block = block_columns(format)
+        # A unit of 3-bit codes spans 32 columns, two blocks when groups have 16.
+        unit = max(block, 32) if format.bits == 3 else block
+        padded = -(-k // unit) * unit
+        blocks = padded // block
+        per_group = blocks if format.group_size == PER_CHANNEL else format.group_size // block
+        panels = -(-n // PANEL_ROWS)
+        codes = (panels, padded * PANEL_ROWS * format.bits // 8)
+        return cls(n, k, format, padded, block, per_group, codes, (panels, blocks // per_group, PANEL_ROWS))
+
+
+def _weight(codes: Tensor, zeros: Tensor, scales: Tensor, layout: _Layout) -> CpuQWeight:
+    zero_first, zero_step = layout.format.zero_line
+    struct = QWeightStruct(
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        zeros=zeros.data_ptr(),
+        n=layout.n,
+        k=layout.k,
+        padded=layout.padded,
+        block=layout.block,
+        blocks=layout.padded // layout.block,
+        groups=layout.groups[1],
+        blocks_per_group=layout.blocks_per_group,
+        bits=layout.format.bits,
+        scale_bytes=scales.element_size(),
+        zero_first=zero_first,
+        zero_step=zero_step,
+    )
+    return CpuQWeight(codes, zeros, scales, layout.n, layout.k, layout.format, struct)
+
+
 def pack(w: QTensor) -> CpuQWeight:
     """The cpu layout of `w`. Raises FormatError for tensors elsewhere, an empty matrix, or codes beyond the width."""
     n, k = w.shape
@@ -86,45 +135,42 @@ def pack(w: QTensor) -> CpuQWeight:
             raise FormatError(f"{name} on {tensor.device}; the cpu backend packs tensors in main memory")
     if int(w.zeros.max()) > w.format.qmax:
         raise FormatError(f"a zero point of {int(w.zeros.max())} in {w.format.name}; at most {w.format.qmax} fits")
-    block = block_columns(w.format)
-    # A unit of 3-bit codes spans 32 columns, two blocks when groups have 16.
-    unit = max(block, 32) if w.format.bits == 3 else block
-    padded = -(-k // unit) * unit
-    blocks = padded // block
-    blocks_per_group = blocks if w.format.group_size == PER_CHANNEL else w.format.group_size // block
-    groups = blocks // blocks_per_group
-    panels = -(-n // PANEL_ROWS)
-    zero_first, zero_step = w.format.zero_line
+    layout = _Layout.of(n, k, w.format)
     scales = _narrow(w.scales).contiguous()
-    codes = torch.empty(panels, padded * PANEL_ROWS * w.format.bits // 8, dtype=torch.uint8)
-    zeros_out = torch.empty(panels, groups, PANEL_ROWS, dtype=torch.uint8)
-    scales_out = torch.empty(panels, groups, PANEL_ROWS, dtype=scales.dtype)
-    struct = QWeightStruct(
-        codes=codes.data_ptr(),
-        scales=scales_out.data_ptr(),
-        zeros=zeros_out.data_ptr(),
-        n=n,
-        k=k,
-        padded=padded,
-        block=block,
-        blocks=blocks,
-        groups=groups,
-        blocks_per_group=blocks_per_group,
-        bits=w.format.bits,
-        scale_bytes=scales.element_size(),
-        zero_first=zero_first,
-        zero_step=zero_step,
+    packed = _weight(
+        torch.empty(layout.codes, dtype=torch.uint8),
+        torch.empty(layout.groups, dtype=torch.uint8),
+        torch.empty(layout.groups, dtype=scales.dtype),
+        layout,
     )
     source = w.codes.contiguous()
     zeros = w.zeros.contiguous()
     status = native.entry("dibit_qlinear_pack", *_PACK_TYPES)(
-        ctypes.byref(struct), source.data_ptr(), zeros.data_ptr(), scales.data_ptr(), w.zeros.shape[1]
+        ctypes.byref(packed.native), source.data_ptr(), zeros.data_ptr(), scales.data_ptr(), w.zeros.shape[1]
     )
     if status == _CODE_TOO_LARGE:
         raise FormatError(f"codes up to {int(w.codes.max())} in {w.format.name}; at most {w.format.qmax} fits")
     if status != 0:
         raise native.NativeError(f"dibit_qlinear_pack refused [{n}, {k}] in {w.format.name} (status {status})")
-    return CpuQWeight(codes, zeros_out, scales_out, n, k, w.format, struct)
+    return packed
+
+
+def assemble(codes: Tensor, zeros: Tensor, scales: Tensor, *, n: int, k: int, format: Format) -> CpuQWeight:
+    """A weight [N, K] from the three tensors of one that `pack` made, wherever they were kept meanwhile.
+
+    Raises FormatError for shapes or types that are not those of the layout; the bytes themselves are not looked at.
+    """
+    layout = _Layout.of(n, k, format)
+    for name, tensor, shape, types in (
+        ("codes", codes, layout.codes, (torch.uint8,)),
+        ("zeros", zeros, layout.groups, (torch.uint8,)),
+        ("scales", scales, layout.groups, (torch.float16, torch.float32)),
+    ):
+        if tuple(tensor.shape) != shape or tensor.dtype not in types or not tensor.is_contiguous():
+            raise FormatError(
+                f"packed {name} of {list(tensor.shape)} {tensor.dtype}; [{n}, {k}] in {format.name} has {list(shape)}"
+            )
+    return _weight(codes, zeros, scales, layout)
 
 
 def qlinear(

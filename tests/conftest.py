@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import sys
 from pathlib import Path
@@ -20,6 +21,12 @@ def seeded() -> None:
         torch.manual_seed(0)
         # Tiny tensors: a second thread costs more than it brings, and far more where the cores are shared.
         torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Packed weights of tests go where the tests' other files go; programs that tests start inherit it."""
+    os.environ["DIBIT_CACHE_DIR"] = str(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="session")
