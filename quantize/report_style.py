@@ -26,7 +26,8 @@ svg .s0,svg .s1,svg .s2,svg .s3,svg .s4{stroke-width:1.6}svg circle{fill:var(--b
 .legend i{display:inline-block;width:14px;height:10px;margin-right:.35rem;background:var(--c0)}
 .legend .ramp i{margin:0;width:18px}.legend .s1,.legend .f1{background:var(--c1)}.legend .s2{background:var(--c2)}
 .legend .s3{background:var(--c3)}.legend .s4{background:var(--c4)}
-.small{display:flex;flex-wrap:wrap;gap:.8rem}figure{margin:0}figcaption{font-size:.85rem;color:var(--soft)}
+.small{display:flex;flex-wrap:wrap;gap:.8rem}.small figure{max-width:375px}figure{margin:0}
+figcaption{font-size:.85rem;color:var(--soft)}
 details{margin:.4rem 0}pre{font-size:.8rem;background:var(--panel);padding:.6rem;overflow:auto;max-height:24rem}
 @media print{section{break-inside:avoid}}
 """

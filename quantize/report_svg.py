@@ -250,7 +250,9 @@ def _ticks(low: float, high: float, *, log: bool, count: int) -> list[float]:
         if len(inside) > 1:
             return inside
     size = _round_step((high - low) / count)
-    return [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
+    ticks = [i * size for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
+    # A single one says nothing of the scale.
+    return ticks if len(ticks) > 1 else _ticks(low, high, log=False, count=2 * count)
 
 
 def _round_step(least: float) -> float:

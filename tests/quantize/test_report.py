@@ -289,7 +289,7 @@ def test_charts_without_anything_to_draw() -> None:
 
 
 @pytest.mark.parametrize("log", [True, False])
-@pytest.mark.parametrize("values", [(3.1, 3.2), (1e-9, 1e9), (5.0, 5.0), (0.0, 0.0), (-2.0, 7.0)])
+@pytest.mark.parametrize("values", [(3.1, 3.2), (0.62, 1.29), (1e-9, 1e9), (5.0, 5.0), (0.0, 0.0), (-2.0, 7.0)])
 def test_axes_have_ticks_inside_the_picture(values: tuple[float, float], log: bool) -> None:  # noqa: FBT001
     chart = line_chart([Series("a", tuple(enumerate(values)), "s0")], x_label="x", y_label="y", log=log)
     if log and max(values) <= 0:
