@@ -101,7 +101,7 @@ def set_recorder(recorder: Recorder | None) -> None:
 
 
 def isa() -> str:
-    """Instruction set in use: "portable", "avx2" or "avx512" (avx2 everywhere, AVX-512 VNNI in qlinear)."""
+    """Instruction set in use: "portable", "avx2" or "avx512" (512-bit bodies in attention, AVX-512 VNNI in qlinear, avx2 elsewhere)."""
     name: bytes = library().dibit_isa()
     return name.decode()
 

@@ -94,8 +94,8 @@ struct States {
   static int64_t floats(int64_t rows, int64_t width) { return 2 * padded(rows) + rows * width; }
 
   void clear(int64_t rows, int64_t width) const {
-    std::fill(peak, peak + rows, kNoPeak);
-    std::fill(total, total + rows, 0.0f);
+    std::fill(peak, peak + padded(rows), kNoPeak);
+    std::fill(total, total + padded(rows), 0.0f);
     std::fill(acc, acc + rows * width, 0.0f);
   }
 };
@@ -156,23 +156,27 @@ class Step {
     shared_states_ = arena.reserve(states);
   }
 
-  // A thread's memory for one item.
+  // A thread's memory for one item. Lanes: q and acc are transposed, q [width, padded rows] and likewise acc.
   struct Scratch {
-    float *q, *rows, *score, *factor, *states;
+    float *q, *rows, *score, *factor, *states, *acc;
     int32_t *position, *visible;
+    bool lanes;
   };
 
   Scratch scratch(const RowTile& tile) const {
     const int64_t n = padded(tile.rows), width = p_.width(), states = 2 * States::floats(tile.rows, width);
-    float* memory = thread_arena().reserve(n * (width + kKeyTile + 3) + 2 * kKeyTile * width + states);
+    const int64_t acc = n * width;
+    float* memory = thread_arena().reserve(n * (width + kKeyTile + 3) + 2 * kKeyTile * width + acc + states);
     Scratch s;
+    s.lanes = tile.rows >= bodies_.lane_rows;
     s.rows = memory;
     s.q = s.rows + 2 * kKeyTile * width;
     s.score = s.q + n * width;
     s.factor = s.score + n * kKeyTile;
     s.position = reinterpret_cast<int32_t*>(s.factor + n);
     s.visible = s.position + n;
-    s.states = s.factor + 3 * n;
+    s.acc = s.factor + 3 * n;
+    s.states = s.acc + acc;
     return s;
   }
 
@@ -207,71 +211,112 @@ class Step {
   }
 
   void load_rows(const RowTile& tile, const Scratch& s) const {
-    const int64_t width = p_.width();
+    const int64_t width = p_.width(), n = padded(tile.rows);
     const int64_t past = p_.seq_lens[tile.sequence] - (p_.cu_seqlens[tile.sequence + 1] - p_.cu_seqlens[tile.sequence]);
-    float* q = s.q;
+    float* const rows = s.lanes ? s.acc : s.q;
+    float* q = rows;
     for (int64_t r = 0; r < tile.rows; ++r, q += width) {
       const float* from = p_.q + offset(tile, r);
       for (int64_t i = 0; i < p_.d; ++i) q[i] = from[i] * p_.scale;
       for (int64_t i = p_.d; i < width; ++i) q[i] = 0.0f;
       s.position[r] = static_cast<int32_t>(past + (tile.first_row + r) / p_.group());
     }
+    if (!s.lanes) return;
+    std::fill(q, rows + n * width, 0.0f);
+    std::fill(s.position + tile.rows, s.position + n, -1);
+    bodies_.transpose(s.q, n, rows, width, static_cast<int>(n), static_cast<int>(width));
   }
 
   void walk_range(const RowTile& tile, int64_t range, const Scratch& s, States states) const {
-    const int64_t width = p_.width();
-    const float *keys[kKeyTile], *values[kKeyTile];
+    const int64_t width = p_.width(), n = padded(tile.rows);
     states.clear(tile.rows, width);
-    const int64_t end = std::min(tile.keys, (range + 1) * kKeyRange);
-    for (int64_t begin = range * kKeyRange; begin < end; begin += kKeyTile) {
-      const int64_t count = std::min<int64_t>(kKeyTile, end - begin);
-      locate(tile, p_.k_cache, begin, count, s.rows, keys);
-      locate(tile, p_.v_cache, begin, count, s.rows + kKeyTile * width, values);
-      const int64_t ahead = begin + kKeyTile;
-      if (ahead < tile.keys) {
-        fetch(tile, p_.k_cache, ahead, std::min<int64_t>(kKeyTile, tile.keys - ahead));
-        fetch(tile, p_.v_cache, ahead, std::min<int64_t>(kKeyTile, tile.keys - ahead));
-      }
-      for (int64_t r = 0; r < tile.rows; ++r)
-        s.visible[r] = static_cast<int32_t>(std::clamp<int64_t>(s.position[r] + 1 - begin, 0, count));
-      bodies_.attend({keys, values, s.visible, static_cast<int>(tile.rows), static_cast<int>(width), s.q, s.score,
-                      s.factor, states.peak, states.total, states.acc});
+    if (s.lanes) std::fill(s.acc, s.acc + n * width, 0.0f);
+    const int64_t begin = range * kKeyRange, end = std::min(tile.keys, begin + kKeyRange);
+    for (int64_t key = begin; key < end; key += kKeyTile) {
+      const int64_t count = std::min<int64_t>(kKeyTile, end - key);
+      const int64_t rows = s.lanes ? n : tile.rows;
+      for (int64_t r = 0; r < rows; ++r)
+        s.visible[r] = static_cast<int32_t>(std::clamp<int64_t>(s.position[r] + 1 - key, 0, count));
+      if (s.lanes)
+        attend_lanes(tile, key, count, s, states);
+      else
+        attend_rows(tile, key, count, s, states);
     }
+    if (s.lanes) turn_back(tile, s, states);
+  }
+
+  void attend_rows(const RowTile& tile, int64_t begin, int64_t count, const Scratch& s, const States& states) const {
+    const int64_t width = p_.width(), row_bytes = p_.row_bytes();
+    const bool in_place = width == p_.d && (p_.real == Real::f32 || tile.rows <= bodies_.register_rows);
+    const void *keys[kKeyTile], *values[kKeyTile];
+    for (int64_t j = 0; j < count;) {
+      const Run run = run_of(tile, begin + j, count - j);
+      const char *k = run.keys, *v = run.values;
+      int64_t stride = row_bytes;
+      if (!in_place) {
+        float* wide = s.rows + j * width;
+        widen(run, wide);
+        k = reinterpret_cast<const char*>(wide);
+        v = reinterpret_cast<const char*>(wide + kKeyTile * width);
+        stride = width * sizeof(float);
+      }
+      for (int64_t i = 0; i < run.count; ++i, ++j) keys[j] = k + i * stride, values[j] = v + i * stride;
+    }
+    for (int64_t j = count; j < kKeyTile; ++j) keys[j] = keys[0], values[j] = values[0];
+    const int64_t ahead = begin + kKeyTile;
+    if (ahead < tile.keys) fetch(tile, ahead, std::min<int64_t>(kKeyTile, tile.keys - ahead));
+    bodies_.attend({keys, values, in_place ? p_.real : Real::f32, s.visible, static_cast<int>(tile.rows),
+                    static_cast<int>(width), s.q, s.score, s.factor, states.peak, states.total, states.acc});
+  }
+
+  void attend_lanes(const RowTile& tile, int64_t begin, int64_t count, const Scratch& s, const States& states) const {
+    const int64_t width = p_.width();
+    for (int64_t j = 0; j < count;) {
+      const Run run = run_of(tile, begin + j, count - j);
+      widen(run, s.rows + j * width);
+      j += run.count;
+    }
+    bodies_.attend_lanes({s.rows, s.rows + kKeyTile * width, s.visible, static_cast<int>(padded(tile.rows)),
+                          static_cast<int>(width), s.q, s.score, s.factor, states.peak, states.total, s.acc});
+  }
+
+  // The transposed sums into the state's rows.
+  void turn_back(const RowTile& tile, const Scratch& s, const States& states) const {
+    const int64_t width = p_.width(), n = padded(tile.rows), whole = tile.rows / 8 * 8;
+    bodies_.transpose(states.acc, width, s.acc, n, static_cast<int>(width), static_cast<int>(whole));
+    for (int64_t r = whole; r < tile.rows; ++r)
+      for (int64_t i = 0; i < width; ++i) states.acc[r * width + i] = s.acc[i * n + r];
   }
 
   // The run of cache rows from `key` on that lie together, at most `most`, and where they start.
   struct Run {
-    const char* rows;
+    const char *keys, *values;
     int64_t count;
   };
 
-  Run run_of(const RowTile& tile, const void* cache, int64_t key, int64_t most) const {
+  Run run_of(const RowTile& tile, int64_t key, int64_t most) const {
     const int32_t* table = p_.block_tables + tile.sequence * p_.table_stride;
-    const int64_t within = key % p_.block_size;
-    const int64_t row = (table[key / p_.block_size] * p_.kv_heads + tile.kv_head) * p_.block_size + within;
-    return {static_cast<const char*>(cache) + row * p_.row_bytes(), std::min(most, p_.block_size - within)};
+    const int64_t block = key / p_.block_size, within = key % p_.block_size;
+    const int64_t byte = ((table[block] * p_.kv_heads + tile.kv_head) * p_.block_size + within) * p_.row_bytes();
+    return {static_cast<const char*>(p_.k_cache) + byte, static_cast<const char*>(p_.v_cache) + byte,
+            std::min(most, p_.block_size - within)};
   }
 
-  // Pointers to `count` rows of the cache from key `begin` on, through `wide` unless they can be read in place.
-  void locate(const RowTile& tile, const void* cache, int64_t begin, int64_t count, float* wide,
-              const float** rows) const {
-    const int64_t width = p_.width();
-    const bool in_place = p_.real == Real::f32 && width == p_.d;
-    for (int64_t j = 0; j < count;) {
-      const Run run = run_of(tile, cache, begin + j, count - j);
-      if (!in_place) bodies_.widen(wide + j * width, run.rows, p_.real, run.count, p_.d, width);
-      const float* first = in_place ? reinterpret_cast<const float*>(run.rows) : wide + j * width;
-      for (int64_t i = 0; i < run.count; ++i) rows[j + i] = first + i * width;
-      j += run.count;
-    }
-    for (int64_t j = count; j < kKeyTile; ++j) rows[j] = rows[0];
+  // The run's keys as floats from `wide` on, its values kKeyTile rows further.
+  void widen(const Run& run, float* wide) const {
+    const int d = static_cast<int>(p_.d), width = static_cast<int>(p_.width());
+    bodies_.widen(wide, run.keys, p_.real, run.count, d, width);
+    bodies_.widen(wide + kKeyTile * width, run.values, p_.real, run.count, d, width);
   }
 
   // Blocks lie anywhere, so the hardware's prefetcher loses the stream at each one's end.
-  void fetch(const RowTile& tile, const void* cache, int64_t begin, int64_t count) const {
+  void fetch(const RowTile& tile, int64_t begin, int64_t count) const {
     for (int64_t j = 0; j < count;) {
-      const Run run = run_of(tile, cache, begin + j, count - j);
-      for (int64_t byte = 0; byte < run.count * p_.row_bytes(); byte += 64) __builtin_prefetch(run.rows + byte, 0, 2);
+      const Run run = run_of(tile, begin + j, count - j);
+      for (int64_t byte = 0; byte < run.count * p_.row_bytes(); byte += 64) {
+        __builtin_prefetch(run.keys + byte, 0, 2);
+        __builtin_prefetch(run.values + byte, 0, 2);
+      }
       j += run.count;
     }
   }

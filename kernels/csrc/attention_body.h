@@ -10,9 +10,50 @@
 namespace dibit {
 namespace {
 
+template <Real kReal>
+DIBIT_INLINE F8 load_real(const void* p, int64_t i) {
+  if constexpr (kReal == Real::f32) return load(static_cast<const float*>(p) + i);
+  if constexpr (kReal == Real::f16) return load_half(static_cast<const uint16_t*>(p) + i);
+  if constexpr (kReal == Real::bf16) return load_bfloat(static_cast<const uint16_t*>(p) + i);
+}
+
+// acc_r[0, V * 8) = acc_r * factor_r + sum over keys [from, to) of weight_r[j] * value_j.
+template <int R, int V, Real kReal>
+DIBIT_INLINE void weigh_tile(float* acc, int width, const float* factor, const float* weight,
+                             const void* const* values, int column, int from, int to) {
+  F8 a[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) a[r][v] = mul(load(acc + r * width + column + v * kLanes), splat(factor[r]));
+  for (int j = from; j < to; ++j) {
+        F8 w[R];
+    for (int r = 0; r < R; ++r) w[r] = splat(weight[r * kKeyTile + j]);
+    for (int v = 0; v < V; ++v) {
+      const F8 x = load_real<kReal>(values[j], column + v * kLanes);
+      for (int r = 0; r < R; ++r) a[r][v] = fma(w[r], x, a[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(acc + r * width + column + v * kLanes, a[r][v]);
+}
+
+#ifdef DIBIT_VEC_AVX512
+
+}  // namespace
+}  // namespace dibit
+
+#include "attention_wide.h"
+
+namespace dibit {
+namespace {
+
+#else
+
+// Twelve sums, three queries or weights and a key or value fill the sixteen AVX2 registers.
+inline constexpr int kRegisterRows = 3;
+
 // Half the sums (vec.h) of q_r . key_j for R rows and 4 keys.
-template <int R>
-DIBIT_INLINE void dot_four(F8* half, const float* q, const float* const* keys, int width) {
+template <int R, Real kReal>
+DIBIT_INLINE void dot_four(F8* half, const float* q, const void* const* keys, int width) {
   F8 acc[R][4];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < 4; ++j) acc[r][j] = splat(0.0f);
@@ -20,7 +61,7 @@ DIBIT_INLINE void dot_four(F8* half, const float* q, const float* const* keys, i
     F8 a[R];
     for (int r = 0; r < R; ++r) a[r] = load(q + r * width + i);
     for (int j = 0; j < 4; ++j) {
-      const F8 key = load(keys[j] + i);
+      const F8 key = load_real<kReal>(keys[j], i);
       for (int r = 0; r < R; ++r) acc[r][j] = fma(a[r], key, acc[r][j]);
     }
   }
@@ -29,24 +70,38 @@ DIBIT_INLINE void dot_four(F8* half, const float* q, const float* const* keys, i
 
 // score[r, j] = q_r . key_j for R rows and 8 keys. Stored whole: the softmax loads eight at once, and a load that spans
 // two recent stores stalls.
-template <int R>
-DIBIT_INLINE void dot_tile(float* score, const float* q, const float* const* keys, int width) {
+template <int R, Real kReal>
+DIBIT_INLINE void dot_tile(float* score, const float* q, const void* const* keys, int width) {
   if constexpr (R == 1) {
     // One row meets 8 keys at once: 4 sums would leave the multipliers waiting for each other.
     F8 acc[8];
     for (int j = 0; j < 8; ++j) acc[j] = splat(0.0f);
     for (int i = 0; i < width; i += kLanes) {
       const F8 a = load(q + i);
-      for (int j = 0; j < 8; ++j) acc[j] = fma(a, load(keys[j] + i), acc[j]);
+      for (int j = 0; j < 8; ++j) acc[j] = fma(a, load_real<kReal>(keys[j], i), acc[j]);
     }
     store(score, join_sums(half_sums(acc[0], acc[1], acc[2], acc[3]), half_sums(acc[4], acc[5], acc[6], acc[7])));
   } else {
     F8 low[R], high[R];
-    dot_four<R>(low, q, keys, width);
-    dot_four<R>(high, q, keys + 4, width);
+    dot_four<R, kReal>(low, q, keys, width);
+    dot_four<R, kReal>(high, q, keys + 4, width);
     for (int r = 0; r < R; ++r) store(score + r * kKeyTile, join_sums(low[r], high[r]));
   }
 }
+
+template <int R, Real kReal>
+DIBIT_INLINE void weigh(float* acc, int width, const float* factor, const float* weight, const void* const* values,
+                        int from, int to) {
+  constexpr int kBlock = R == 1 ? 8 : 4;
+  int column = 0;
+  for (; column + kBlock * kLanes <= width; column += kBlock * kLanes)
+    weigh_tile<R, kBlock, kReal>(acc, width, factor, weight, values, column, from, to);
+  for (; column + 2 * kLanes <= width; column += 2 * kLanes)
+    weigh_tile<R, 2, kReal>(acc, width, factor, weight, values, column, from, to);
+  if (column < width) weigh_tile<R, 1, kReal>(acc, width, factor, weight, values, column, from, to);
+}
+
+#endif
 
 // Scores to weights in place; returns the factor that brings the row's earlier sums to the new peak.
 DIBIT_INLINE float softmax_update(float* score, int visible, float* running_peak, float* total) {
@@ -68,52 +123,20 @@ DIBIT_INLINE float softmax_update(float* score, int visible, float* running_peak
   return factor;
 }
 
-// acc_r[0, V * 8) = acc_r * factor_r + sum over keys [from, to) of weight_r[j] * value_j.
-template <int R, int V>
-DIBIT_INLINE void weigh_tile(float* acc, int width, const float* factor, const float* weight,
-                             const float* const* values, int column, int from, int to) {
-  F8 a[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) a[r][v] = mul(load(acc + r * width + column + v * kLanes), splat(factor[r]));
-  for (int j = from; j < to; ++j) {
-    const float* value = values[j] + column;
-    F8 w[R];
-    for (int r = 0; r < R; ++r) w[r] = splat(weight[r * kKeyTile + j]);
-    for (int v = 0; v < V; ++v) {
-      const F8 x = load(value + v * kLanes);
-      for (int r = 0; r < R; ++r) a[r][v] = fma(w[r], x, a[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(acc + r * width + column + v * kLanes, a[r][v]);
-}
-
-template <int R>
-DIBIT_INLINE void weigh(float* acc, int width, const float* factor, const float* weight, const float* const* values,
-                        int from, int to) {
-  constexpr int kBlock = R == 1 ? 8 : 4;
-  int column = 0;
-  for (; column + kBlock * kLanes <= width; column += kBlock * kLanes)
-    weigh_tile<R, kBlock>(acc, width, factor, weight, values, column, from, to);
-  for (; column + 2 * kLanes <= width; column += 2 * kLanes)
-    weigh_tile<R, 2>(acc, width, factor, weight, values, column, from, to);
-  if (column < width) weigh_tile<R, 1>(acc, width, factor, weight, values, column, from, to);
-}
-
 DIBIT_INLINE int most_visible(const int32_t* visible, int rows) {
   int most = 0;
   for (int r = 0; r < rows; ++r) most = visible[r] > most ? visible[r] : most;
   return most;
 }
 
-template <int R>
+template <int R, Real kReal>
 DIBIT_INLINE void score_rows(const KeyTile& t, int row) {
   const int most = most_visible(t.visible + row, R);
   for (int j = 0; j < most; j += kLanes)
-    dot_tile<R>(t.score + row * kKeyTile + j, t.q + row * t.width, t.keys + j, t.width);
+    dot_tile<R, kReal>(t.score + row * kKeyTile + j, t.q + row * t.width, t.keys + j, t.width);
 }
 
-template <int R>
+template <int R, Real kReal>
 DIBIT_INLINE void weigh_rows(const KeyTile& t, int row) {
   const int32_t* visible = t.visible + row;
   const float* score = t.score + row * kKeyTile;
@@ -121,35 +144,51 @@ DIBIT_INLINE void weigh_rows(const KeyTile& t, int row) {
   int least = visible[0];
   for (int r = 1; r < R; ++r) least = visible[r] < least ? visible[r] : least;
   if (most_visible(visible, R) == 0) return;
-  weigh<R>(acc, t.width, t.factor + row, score, t.values, 0, least);
+  weigh<R, kReal>(acc, t.width, t.factor + row, score, t.values, 0, least);
   // The causal edge: keys that only some of the rows see must not reach the others, not even as 0 * NaN.
   const float one = 1.0f;
   for (int r = 0; r < R; ++r)
     if (visible[r] > least)
-      weigh<1>(acc + r * t.width, t.width, &one, score + r * kKeyTile, t.values, least, visible[r]);
+      weigh<1, kReal>(acc + r * t.width, t.width, &one, score + r * kKeyTile, t.values, least, visible[r]);
 }
 
-// Three rows fill the sixteen AVX2 registers (12 sums, 3 queries or weights, 1 key or value).
-template <class Three, class Two, class One>
-DIBIT_INLINE void by_rows(int rows, Three three, Two two, One one) {
-  int row = 0;
-  for (; rows - row >= 3 && rows - row != 4; row += 3) three(row);
-  for (; rows - row >= 2; row += 2) two(row);
-  if (row < rows) one(row);
+template <int kRows>
+struct Rows {
+  static constexpr int count = kRows;
+};
+
+// step(row, Rows<count>) for runs of up to kRegisterRows rows, as even as they can be.
+template <class Step>
+DIBIT_INLINE void by_rows(int rows, Step step) {
+  for (int row = 0, runs = (rows + kRegisterRows - 1) / kRegisterRows; runs > 0; --runs) {
+    const int count = (rows - row + runs - 1) / runs;
+    if (count == 1) step(row, Rows<1>{});
+    if (count == 2) step(row, Rows<2>{});
+    if (count == 3) step(row, Rows<3>{});
+    if constexpr (kRegisterRows == 6) {
+      if (count == 4) step(row, Rows<4>{});
+      if (count == 5) step(row, Rows<5>{});
+      if (count == 6) step(row, Rows<6>{});
+    }
+    row += count;
+  }
 }
 
 // Three passes, so that the long dependent chains of one row's softmax overlap with other rows'.
-void attend(const KeyTile& t) {
-  by_rows(
-      t.rows, [&](int row) { score_rows<3>(t, row); }, [&](int row) { score_rows<2>(t, row); },
-      [&](int row) { score_rows<1>(t, row); });
+template <Real kReal>
+DIBIT_INLINE void attend_real(const KeyTile& t) {
+  by_rows(t.rows, [&](int row, auto run) { score_rows<decltype(run)::count, kReal>(t, row); });
   for (int row = 0; row < t.rows; ++row)
     t.factor[row] = t.visible[row] == 0 ? 1.0f
                                         : softmax_update(t.score + row * kKeyTile, t.visible[row], t.peak + row,
                                                          t.total + row);
-  by_rows(
-      t.rows, [&](int row) { weigh_rows<3>(t, row); }, [&](int row) { weigh_rows<2>(t, row); },
-      [&](int row) { weigh_rows<1>(t, row); });
+  by_rows(t.rows, [&](int row, auto run) { weigh_rows<decltype(run)::count, kReal>(t, row); });
+}
+
+void attend(const KeyTile& t) {
+  if (t.real == Real::f16) attend_real<Real::f16>(t);
+  else if (t.real == Real::bf16) attend_real<Real::bf16>(t);
+  else attend_real<Real::f32>(t);
 }
 
 void merge(float* running_peak, float* total, float* acc, float next_peak, float next_total, const float* next_acc,
@@ -167,13 +206,6 @@ void finish(float* out, const float* acc, float total, int d) {
   int i = 0;
   for (; i + kLanes <= d; i += kLanes) store(out + i, div(load(acc + i), by));
   for (; i < d; ++i) out[i] = acc[i] / total;
-}
-
-template <Real kReal>
-DIBIT_INLINE F8 load_real(const void* p, int64_t i) {
-  if constexpr (kReal == Real::f32) return load(static_cast<const float*>(p) + i);
-  if constexpr (kReal == Real::f16) return load_half(static_cast<const uint16_t*>(p) + i);
-  if constexpr (kReal == Real::bf16) return load_bfloat(static_cast<const uint16_t*>(p) + i);
 }
 
 template <Real kReal>

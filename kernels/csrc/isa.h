@@ -12,7 +12,7 @@ enum class Isa { portable, avx2 };
 // The best ISA of this machine, or what DIBIT_ISA=portable|avx2|avx512 asks for (never more than the machine has).
 Isa isa();
 
-// True when, on top of avx2, the AVX-512 VNNI kernels are to be used.
+// True when, on top of avx2, the AVX-512 kernels (VNNI among them) are to be used.
 bool avx512_vnni();
 
 }  // namespace dibit

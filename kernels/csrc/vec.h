@@ -184,26 +184,40 @@ DIBIT_INLINE void store_bfloat(uint16_t* p, F8 a) {
 
 #endif
 
+DIBIT_INLINE F8 splat_as(F8, float a) { return splat(a); }
+
+}  // namespace
+}  // namespace dibit
+
+#ifdef DIBIT_VEC_AVX512
+#include "vec512.h"
+#endif
+
+namespace dibit {
+namespace {
+
 // e^x, relative error below 2e-7 with or without fused multiply-adds (tests measure it through silu_mul). e^0 is
 // exactly 1, e^x is 0 below x = -87 (so for -inf) and inf above 88.4, and NaN stays NaN.
 // x = n ln2 + r with |r| <= ln2 / 2; e^r by a minimax polynomial of degree 6, 2^n by its exponent bits. ln2's upper
 // part has 9 bits, so that n times it is exact.
-DIBIT_INLINE F8 exp(F8 x) {
-  const F8 round_shift = splat(0x1.8p23f);  // adding it leaves the nearest integer in the low bits
-  const F8 y = min(splat(89.0f), x);
-  const F8 shifted = fma(y, splat(1.44269502f), round_shift);
-  const F8 n = sub(shifted, round_shift);
-  const F8 r = fma(n, splat(0x1.bd0106p-13f), fma(n, splat(-0x1.63p-1f), y));
-  F8 p = splat(0x1.6a21acp-10f);
-  p = fma(p, r, splat(0x1.123b6ap-7f));
-  p = fma(p, r, splat(0x1.5558fap-5f));
-  p = fma(p, r, splat(0x1.555490p-3f));
-  p = fma(p, r, splat(0x1.fffffcp-2f));
-  p = add(fma(mul(r, r), p, r), splat(1.0f));
+template <class F>
+DIBIT_INLINE F exp_of(F x) {
+  const F round_shift = splat_as(x, 0x1.8p23f);  // adding it leaves the nearest integer in the low bits
+  const F y = min(splat_as(x, 89.0f), x);
+  const F shifted = fma(y, splat_as(x, 1.44269502f), round_shift);
+  const F n = sub(shifted, round_shift);
+  const F r = fma(n, splat_as(x, 0x1.bd0106p-13f), fma(n, splat_as(x, -0x1.63p-1f), y));
+  F p = splat_as(x, 0x1.6a21acp-10f);
+  p = fma(p, r, splat_as(x, 0x1.123b6ap-7f));
+  p = fma(p, r, splat_as(x, 0x1.5558fap-5f));
+  p = fma(p, r, splat_as(x, 0x1.555490p-3f));
+  p = fma(p, r, splat_as(x, 0x1.fffffcp-2f));
+  p = add(fma(mul(r, r), p, r), splat_as(x, 1.0f));
   // A product, not an addition to p's exponent: that would turn some NaNs into numbers.
-  const F8 power = floats(add(shift_left<23>(bits(shifted)), splat_bits(0x3f800000)));
-  return zero_where_less(mul(p, power), x, splat(-87.0f));
+  const F power = floats(add(shift_left<23>(bits(shifted)), bits(splat_as(x, 1.0f))));
+  return zero_where_less(mul(p, power), x, splat_as(x, -87.0f));
 }
+DIBIT_INLINE F8 exp(F8 x) { return exp_of(x); }
 
 }  // namespace
 }  // namespace dibit

@@ -4,6 +4,7 @@
 
 #include "activation_body.h"
 #include "attention_body.h"
+#include "attention_lanes.h"
 #include "norm_body.h"
 #include "rope_body.h"
 #include "vec_bodies.h"
@@ -11,7 +12,8 @@
 namespace dibit {
 
 const VecBodies& vec_bodies_avx2() {
-  static constexpr VecBodies bodies = {attend, merge, finish, widen, rotate, rms_norm, silu_mul};
+  static constexpr VecBodies bodies = {kRegisterRows, attend, 8,      attend_lanes, transpose, merge,
+                                       finish,        widen,  rotate, rms_norm,     silu_mul};
   return bodies;
 }
 

@@ -1,5 +1,5 @@
 // The vector kernels, one table per ISA: loops over a few rows, with no threads, no allocation and no checks in them.
-// vec_avx2.cpp and vec_portable.cpp compile the same *_body.h files and fill the table.
+// vec_avx512.cpp, vec_avx2.cpp and vec_portable.cpp compile the same *_body.h files and fill the table.
 #pragma once
 #include <cstdint>
 
@@ -14,8 +14,9 @@ inline constexpr float kNoPeak = -3.40282347e38f;  // running maximum before the
 // One tile of keys against some query rows; each row's state (peak, total, acc) is updated in place.
 // A row's arithmetic depends on its own query and the keys it sees only, never on the other rows or on `rows`.
 struct KeyTile {
-  const float* const* keys;    // kKeyTile pointers to `width` floats; past the last key, any valid row
-  const float* const* values;
+  const void* const* keys;     // kKeyTile pointers to `width` reals; past the last key, any valid row
+  const void* const* values;
+  Real real;
   const int32_t* visible;      // [rows] keys of the tile that the row sees, 0..kKeyTile
   int rows;
   int width;                   // head dim, rounded up to kLanes with zeros
@@ -27,8 +28,26 @@ struct KeyTile {
   float* acc;                  // [rows, width] the same sum weighted by the values
 };
 
+// The same for many rows, transposed so that a row is a lane.
+struct LaneTile {
+  const float *keys, *values;  // [kKeyTile, width]; anything past the last key
+  const int32_t* visible;      // [stride] keys of the tile that the row sees; 0 for what only pads
+  int stride;                  // rows, rounded up to 16
+  int width;
+  const float* q;              // [width, stride], scaled
+  float* score;                // [kKeyTile, stride] scratch
+  float* factor;               // [stride] scratch
+  float *peak, *total;         // [stride]
+  float* acc;                  // [width, stride]
+};
+
 struct VecBodies {
+  int register_rows;  // up to so many rows, `attend` is to read the cache itself; beyond, floats made by `widen`
   void (*attend)(const KeyTile& tile);
+  int lane_rows;      // from so many rows on, `attend_lanes` is faster, and gives the same bits
+  void (*attend_lanes)(const LaneTile& tile);
+  // out[column, row] = in[row, column], counts multiples of 8.
+  void (*transpose)(float* out, int64_t out_stride, const float* in, int64_t in_stride, int rows, int columns);
   // Folds a later range's state of one row into an earlier one's.
   void (*merge)(float* peak, float* total, float* acc, float next_peak, float next_total, const float* next_acc,
                 int width);
@@ -49,6 +68,7 @@ struct VecBodies {
 const VecBodies& vec_bodies_portable();
 #if defined(__x86_64__)
 const VecBodies& vec_bodies_avx2();
+const VecBodies& vec_bodies_avx512();
 #endif
 
 // The table for this machine.

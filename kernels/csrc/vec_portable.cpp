@@ -8,12 +8,14 @@
 namespace dibit {
 
 const VecBodies& vec_bodies_portable() {
-  static constexpr VecBodies bodies = {attend, merge, finish, widen, rotate, rms_norm, silu_mul};
+  static constexpr VecBodies bodies = {kRegisterRows, attend, INT32_MAX, nullptr,  nullptr, merge,
+                                       finish,        widen,  rotate,    rms_norm, silu_mul};
   return bodies;
 }
 
 const VecBodies& vec_bodies() {
 #if defined(__x86_64__)
+  if (avx512_vnni()) return vec_bodies_avx512();
   if (isa() == Isa::avx2) return vec_bodies_avx2();
 #endif
   return vec_bodies_portable();

@@ -39,9 +39,9 @@ def isas() -> Iterator[tuple[str, ...]]:
     native.set_threads(threads)
 
 
-@pytest.fixture(params=["avx2", "portable"])
+@pytest.fixture(params=["avx512", "avx2", "portable"])
 def isa(request: pytest.FixtureRequest, isas: tuple[str, ...]) -> str:
-    """Runs the test once per body of the vector kernels (csrc/vec.h); AVX-512 machines use the AVX2 one."""
+    """Runs the test once per body of the vector kernels (csrc/vec.h)."""
     if request.param not in isas:
         pytest.skip(f"no {request.param} on this machine")
     native.set_isa(request.param)

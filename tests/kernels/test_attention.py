@@ -196,24 +196,51 @@ def test_a_sequence_alone_gives_the_same_bits(isa: str) -> None:
         start = stop
 
 
-@pytest.mark.parametrize("chunk", [1, 37, 256, 300])
+@pytest.mark.parametrize("chunk", [1, 2, 37, 256, 300])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dtype"),
-    # One, two, four and seven rows a token meet the register tiles of one, two and three rows in every way.
-    [(2, 2, torch.float32), (4, 2, torch.float16), (4, 1, torch.bfloat16), (7, 1, torch.float32)],
+    ("heads", "kv_heads", "d", "dtype"),
+    # Up to nine rows a token meet the register tiles in every way and rows across lanes; 20 is no multiple of 8, 24 and
+    # 80 are none of 64, so that the cache is read through floats, in place, and in place with every kind of remainder.
+    [
+        (2, 2, 20, torch.float32),
+        (4, 2, 20, torch.float16),
+        (4, 1, 20, torch.bfloat16),
+        (7, 1, 20, torch.float32),
+        (2, 2, 24, torch.float16),
+        (6, 2, 80, torch.float16),
+        (5, 1, 80, torch.bfloat16),
+        (6, 1, 64, torch.float16),
+        (9, 1, 8, torch.float16),
+    ],
 )
 def test_chunks_blocks_and_threads_leave_no_trace(
-    isa: str, heads: int, kv_heads: int, dtype: torch.dtype, chunk: int
+    isa: str, heads: int, kv_heads: int, d: int, dtype: torch.dtype, chunk: int
 ) -> None:
-    data = sequences([590], [590], heads, kv_heads, 20)
+    data = sequences([590], [590], heads, kv_heads, d)
     native.set_threads(1)
     whole = run(paged(data, 16, dtype))
     native.set_threads(3)
-    starts = range(0, 590, chunk) if chunk > 1 else (0, 31, 32, 255, 256, 589)
+    starts = range(0, 590, chunk) if chunk > 2 else (0, 31, 32, 255, 256, 588)
     for i, start in enumerate(starts):
         stop = min(start + chunk, 590)
         part = run(paged(data.chunk(start, stop), (16, 7, 64)[i % 3], dtype, seed=i))
         assert torch.equal(part, whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_both_avx_bodies_give_the_same_bits(
+    isas: tuple[str, ...], geometry: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    if "avx512" not in isas:
+        pytest.skip("no avx512 on this machine")
+    heads, kv_heads, d, block_size = geometry
+    step = paged(sequences([1, 300, 33, 97, 290], [1, 1, 33, 40, 3], heads, kv_heads, d), block_size, dtype)
+    results = []
+    for name in ("avx2", "avx512"):
+        native.set_isa(name)
+        results.append(run(step))
+    assert torch.equal(*results)
 
 
 def test_nan_reaches_what_uses_it_and_nothing_else(isa: str) -> None:
