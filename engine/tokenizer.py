@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +30,8 @@ from dibit.engine.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     import tokenizers
+
+logger = logging.getLogger(__name__)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -123,11 +128,9 @@ def load_tokenizer_directory(
 
     Reads local files only and never runs code that comes with the model. Raises CheckpointError.
     """
-    from transformers import AutoTokenizer
-
     name = name or str(directory)
     try:
-        hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, use_fast=True)
+        hf = _load(directory, config or {})
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer of {name} cannot be loaded: {_line(error)}. Supported: tokenizer.json, or a sentencepiece "
@@ -143,11 +146,37 @@ def load_tokenizer_directory(
         raise CheckpointError(f"{name} has no vocabulary; put the model's tokenizer.json or tokenizer.model there")
     eos = set(_ids(hf.eos_token_id, "the tokenizer's eos_token_id"))
     eos.update(_ids((config or {}).get("eos_token_id"), "config.json: eos_token_id"))
-    generation = _ids(_generation_config(directory).get("eos_token_id"), "generation_config.json: eos_token_id")
+    generation = _ids(
+        _json(directory / "generation_config.json").get("eos_token_id"), "generation_config.json: eos_token_id"
+    )
     eos.update(generation)
     if not generation:
         eos.update(chat_end_ids(_special(backend), _template_text(hf.chat_template)))
     return HFTokenizer(hf, backend, frozenset(eos), name=name)
+
+
+@dataclass(frozen=True)
+class _ModelType:
+    """What AutoTokenizer reads of a model's config once the tokenizer's own names a class. Given the config itself, it
+    imports the code of the model, torch's compiler with it: two seconds."""
+
+    model_type: str
+    tokenizer_class: str | None
+    model_name: str | None = None
+    _name_or_path: str = ""
+
+
+def _load(directory: Path, config: Mapping[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    load = partial(AutoTokenizer.from_pretrained, directory, local_files_only=True, trust_remote_code=False)
+    model_type, own = config.get("model_type"), _json(directory / "tokenizer_config.json")
+    if isinstance(model_type, str) and isinstance(own.get("tokenizer_class"), str) and "auto_map" not in own:
+        try:
+            return load(config=_ModelType(model_type, config.get("tokenizer_class")))
+        except Exception as error:
+            logger.info("the tokenizer is loaded with the model's config: %s", _line(error))
+    return load()
 
 
 class HFTokenizer:
@@ -283,8 +312,8 @@ def _template_text(template: str | Mapping[str, str] | None) -> str:
     return "\n".join(template.values())
 
 
-def _generation_config(directory: Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file that may be missing."""
     if not path.exists():
         return {}
     try:

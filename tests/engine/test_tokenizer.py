@@ -341,3 +341,33 @@ def test_importing_the_module_does_not_import_transformers() -> None:
     code = "import sys, dibit.engine.tokenizer, dibit.engine.checkpoint.gguf_tokenizer as g; g.PRE\n"
     code += "assert not {'transformers', 'tokenizers', 'gguf'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_code_of_the_model_is_not_imported(tmp_path: Path) -> None:
+    directory = write(tmp_path, byte_level())
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    program = (
+        "import sys; from pathlib import Path; from dibit.engine.tokenizer import load_tokenizer_directory; "
+        f"load_tokenizer_directory(Path({str(directory)!r}), config={{'model_type': 'llama'}}); "
+        "print('torch._dynamo' in sys.modules, 'transformers.activations' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral", "gemma", "never_heard_of"])
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_a_named_model_type_gives_the_tokenizer_that_transformers_gives(
+    tmp_path: Path, model_type: str, declared: str
+) -> None:
+    directory = write(tmp_path, byte_level())
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": declared, "eos_token": "<|endoftext|>"})
+    )
+    ours = load_tokenizer_directory(directory, config={"model_type": model_type})
+    theirs = load_tokenizer_directory(directory)
+    assert type(ours._hf) is type(theirs._hf)
+    text = "Hello, world!  12 cafés"
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.eos_ids == theirs.eos_ids
