@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dibit.engine import numa
 from dibit.engine.async_engine import AsyncEngine
 from dibit.engine.config import EngineConfig
 from dibit.engine.core import EngineCore
@@ -27,6 +28,7 @@ def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
     from dibit.engine.tokenizer import load_tokenizer
     from dibit.kernels import native
 
+    numa.apply(config.numa)
     checkpoint = open_checkpoint(resolve_model(str(model)), gptq_zero=config.gptq_zero)
     try:
         tokenizer = load_tokenizer(checkpoint)
@@ -54,6 +56,9 @@ def _packed_cache(checkpoint: Checkpoint, config: EngineConfig) -> PackedCache |
     from dibit.engine.loader import resolve_device
     from dibit.engine.packed_cache import PackedCache, default_directory
 
+    if config.numa != "off":
+        # Pages of a file lie where they were first read, whatever the policy of this process is.
+        return None
     if not config.cache or config.backend not in ("auto", "cpu") or resolve_device(config).type != "cpu":
         return None
     version = importlib.metadata.version("dibit")

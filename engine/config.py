@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dibit.engine import numa
 from dibit.engine.errors import ConfigError, RequestError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -39,6 +40,8 @@ class EngineConfig:
     threads           compute threads (None: every core this process may use)
     prefix_cache      reuse the KV blocks of a shared prompt prefix
     tape              replay decode steps as recorded lists of native calls, where every op of the model is native
+    numa              on a machine of several NUMA nodes: "interleave" spreads memory over all of them, "node N" keeps
+                      memory and threads on one
     cache             keep packed weights on disk and map them on the next start (CPU)
     cache_dir         where they are kept (None: dibit/packed in the user's cache directory)
     """
@@ -58,6 +61,7 @@ class EngineConfig:
     threads: int | None = None
     prefix_cache: bool = True
     tape: bool = True
+    numa: str = "off"
     cache: bool = True
     cache_dir: str | None = None
 
@@ -76,6 +80,7 @@ class EngineConfig:
             )
         if not 0 < self.kv_memory_share <= 0.95:
             raise ConfigError(f"kv_memory_share is {self.kv_memory_share}; it must lie in (0, 0.95]")
+        numa.parse(self.numa)
         if self.head_bits not in (4, 8, 16):
             raise ConfigError(f"head_bits is {self.head_bits}; supported: 4, 8, 16")
         for name, allowed in (

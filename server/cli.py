@@ -18,12 +18,13 @@ import typer
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import DibitError, UserError
 from dibit.server.cli_bench import bench_app
+from dibit.server.cli_cache import cache_app
 from dibit.server.cli_convert import convert
 from dibit.server.cli_eval import eval_app
 from dibit.server.cli_finetune import finetune
 from dibit.server.cli_kernels import kernels_app
 from dibit.server.cli_quantize import quantize, report
-from dibit.server.options import Json, Model, engine_options
+from dibit.server.options import Json, Model, engine_options, parse_bytes
 
 app = typer.Typer(
     help="Quantize language models to 2, 3 or 4 bits and serve them behind the OpenAI API.",
@@ -40,6 +41,7 @@ app.command()(convert)
 app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 app.add_typer(kernels_app, name="kernels")
+app.add_typer(cache_app, name="cache")
 
 
 def main() -> None:
@@ -103,6 +105,19 @@ def serve(
         str | None, typer.Option(help="key that clients must send as a bearer token", envvar="DIBIT_API_KEY")
     ] = None,
     drain_timeout_s: Annotated[float, typer.Option(help="seconds that running requests may take after SIGTERM")] = 30.0,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="browser origin that may use the API from its own pages, or * (repeat for several)"),
+    ] = None,
+    keep_alive_s: Annotated[
+        float, typer.Option(help="longest silence on a stream before a comment is sent, so that proxies keep it")
+    ] = 15.0,
+    connection_idle_s: Annotated[
+        float, typer.Option(help="seconds after which a connection without requests is closed")
+    ] = 5.0,
+    max_body_bytes: Annotated[
+        str, typer.Option(help="largest request body; for example 32MiB", metavar="SIZE")
+    ] = "8MiB",
     config: EngineConfig,
 ) -> None:
     """Serve a model behind the OpenAI API; a chat page is at /.
@@ -110,13 +125,21 @@ def serve(
     Example: dibit serve models/demo-4bit --port 8000
     """
     from dibit.engine.build import build_engine
-    from dibit.server.lifecycle import bind_socket
+    from dibit.server.lifecycle import ServerSettings, bind_socket
     from dibit.server.lifecycle import serve as run_server
 
     logging.getLogger().setLevel(logging.INFO)
+    settings = ServerSettings(
+        model_name=served_model_name,
+        api_key=api_key,
+        drain_timeout_s=drain_timeout_s,
+        cors_origins=tuple(cors_origin or ()),
+        keep_alive_s=keep_alive_s,
+        connection_idle_s=connection_idle_s,
+        max_body_bytes=parse_bytes(max_body_bytes),
+    )
     sock = bind_socket(host, port)
-    engine = build_engine(model, config)
-    run_server(engine, sock=sock, model_name=served_model_name, api_key=api_key, drain_timeout_s=drain_timeout_s)
+    run_server(build_engine(model, config), settings, sock=sock)
 
 
 @app.command()

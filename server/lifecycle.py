@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
+import re
 import socket
-from collections.abc import Sequence
+from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
@@ -22,6 +24,8 @@ from dibit.engine.errors import ConfigError
 from dibit.server.app import create_app
 
 _log = logging.getLogger("dibit.server")
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 
 BACKLOG = 2048
 # Time in which answers already computed must reach their clients after the drain.
@@ -55,26 +59,51 @@ def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
     )
 
 
-def serve(
-    engine: AsyncEngine,
-    *,
-    sock: socket.socket | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    drain_timeout_s: float = 30.0,
-    model_name: str | None = None,
-    api_key: str | None = None,
-    cors_origins: Sequence[str] = (),
-    keep_alive_s: float = 15.0,
-) -> None:
-    """Serves `engine` until a signal ends it; blocks. `sock` (from `bind_socket`) stands in for host and port.
+@dataclass(frozen=True)
+class ServerSettings:
+    """How clients are served, checked once. Raises ConfigError.
 
-    The other settings are those of `create_app`. Raises ConfigError when the address cannot be had.
+    drain_timeout_s    what requests in flight may still take after the first signal
+    connection_idle_s  a connection without requests is closed after this long
+    The others are those of `create_app`.
     """
-    if sock is None:
-        sock = bind_socket(host, port)
+
+    model_name: str | None = None
+    api_key: str | None = None
+    drain_timeout_s: float = 30.0
+    cors_origins: tuple[str, ...] = ()
+    keep_alive_s: float = 15.0
+    connection_idle_s: float = 5.0
+    max_body_bytes: int = 8 * 2**20
+
+    def __post_init__(self) -> None:
+        for name in ("keep_alive_s", "connection_idle_s", "max_body_bytes"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")
+        if not 0 <= self.drain_timeout_s < math.inf:
+            raise ConfigError(f"drain_timeout_s is {self.drain_timeout_s}; it must be 0 or more")
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"{origin!r} is not an origin; write scheme, host and port as the browser sends them, without a "
+                    "path, for example https://chat.example.org or http://localhost:3000, or * for any"
+                )
+
+
+def serve(engine: AsyncEngine, settings: ServerSettings | None = None, *, sock: socket.socket) -> None:
+    """Serves `engine` on a socket from `bind_socket` until a signal ends it; blocks.
+
+    Raises ConfigError when the address cannot be had.
+    """
+    settings = settings or ServerSettings()
+    model_name = settings.model_name
     app = create_app(
-        engine, model_name=model_name, api_key=api_key, cors_origins=cors_origins, keep_alive_s=keep_alive_s
+        engine,
+        model_name=model_name,
+        api_key=settings.api_key,
+        cors_origins=settings.cors_origins,
+        keep_alive_s=settings.keep_alive_s,
+        max_body_bytes=settings.max_body_bytes,
     )
     name = sock.getsockname()
     try:
@@ -85,13 +114,16 @@ def serve(
         raise _cannot_listen(str(name[0]), name[1], error) from error
     where = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
     _log.info("serving %s on http://%s:%d", model_name or engine.model_name, where, name[1])
-    Server(app, engine, drain_timeout_s=drain_timeout_s).run(sockets=[sock])
+    server = Server(app, engine, drain_timeout_s=settings.drain_timeout_s, connection_idle_s=settings.connection_idle_s)
+    server.run(sockets=[sock])
 
 
 class Server(uvicorn.Server):
     """uvicorn, with a drain before its shutdown."""
 
-    def __init__(self, app: FastAPI, engine: AsyncEngine, *, drain_timeout_s: float) -> None:
+    def __init__(
+        self, app: FastAPI, engine: AsyncEngine, *, drain_timeout_s: float, connection_idle_s: float = 5.0
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -103,6 +135,8 @@ class Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 backlog=BACKLOG,
+                # Rounded up: 0 would close a connection with its first answer.
+                timeout_keep_alive=math.ceil(connection_idle_s),
                 timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
             )
         )

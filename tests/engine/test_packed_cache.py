@@ -58,7 +58,8 @@ def test_what_is_mapped_is_what_was_packed(tmp_path: Path, format: Format) -> No
 
     second = PackedCache(tmp_path, key="k", model="m")
     mapped = second.get("w", packed.shape, format)
-    assert mapped is not None and second.mapped_bytes > packed.nbytes
+    assert mapped is not None
+    assert second.mapped_bytes > packed.nbytes
     for part in ("codes", "zeros", "scales"):
         assert torch.equal(getattr(mapped, part), getattr(packed, part))
     x = torch.randn(3, 192)
@@ -104,7 +105,8 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, place: str, caplog: pytest
     assert [record.message for record in caplog.records if "made again" in record.message] == [
         record.message for record in caplog.records
     ]
-    assert len(caplog.records) == 1 and cache.mapped_bytes == 0
+    assert len(caplog.records) == 1
+    assert cache.mapped_bytes == 0
     assert torch.equal(logits(decoder), expected)
     assert path.read_bytes() == good
 
@@ -137,7 +139,8 @@ def test_a_model_that_does_not_load_leaves_nothing(tmp_path: Path) -> None:
     weights.linear = fails_late  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
         load(tmp_path, weights=weights)
-    assert len(seen) == 5 and not list(tmp_path.iterdir())
+    assert len(seen) == 5
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_does_not_stop_the_start(
@@ -173,8 +176,10 @@ def test_the_least_recently_used_go_first_and_what_was_abandoned(tmp_path: Path)
     # "old" is kept because it was just made.
     assert [Path(e.path) == cache.path for e in entries(tmp_path)] == [False, False, True]
     trim(tmp_path, keep=tmp_path / "none", limit_bytes=2 * size)
-    assert len(entries(tmp_path)) == 2 and not cache.path.exists()
-    assert begun.exists() and not left.exists()
+    assert len(entries(tmp_path)) == 2
+    assert not cache.path.exists()
+    assert begun.exists()
+    assert not left.exists()
 
 
 def test_a_use_counts_as_one(tmp_path: Path) -> None:

@@ -56,7 +56,19 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_help_names_every_command(run: Callable[..., Ended]) -> None:
     ended = run("--help")
     assert ended.status == 0
-    for command in ("quantize", "finetune", "serve", "chat", "generate", "inspect", "plan", "doctor", "eval", "bench"):
+    for command in (
+        "quantize",
+        "finetune",
+        "serve",
+        "chat",
+        "generate",
+        "inspect",
+        "plan",
+        "doctor",
+        "eval",
+        "bench",
+        "cache",
+    ):
         assert command in ended.out
 
 
@@ -73,6 +85,10 @@ def test_help_names_every_command(run: Callable[..., Ended]) -> None:
         (["quantize", "demo", "--out", "x", "--group-size", "128"], "576"),
         (["serve", "demo", "--max-num-seqs", "0"], "max_num_seqs is 0"),
         (["serve", "demo", "--kv-bytes", "lots"], "not a size"),
+        (["serve", "demo", "--max-body-bytes", "lots"], "not a size"),
+        (["serve", "demo", "--cors-origin", "example.org"], "https://chat.example.org"),
+        (["serve", "demo", "--keep-alive-s", "0"], "keep_alive_s is 0"),
+        (["serve", "demo", "--numa", "near"], "numa is 'near'; supported: off, interleave"),
         (["bench", "ops", "--shapes", "big"], "4096x11008"),
         (["bench", "decode", "demo", "--batch-sizes", "one"], "1,8,32"),
         (["eval", "ppl", "demo", "--text", "/no/such/file"], "/no/such/file"),
@@ -240,3 +256,13 @@ def test_serve_answers_and_ends_on_sigterm(low_bit: Path) -> None:
         server.wait()
         if server.stderr is not None:
             server.stderr.close()
+
+
+def test_the_cache_is_listed_and_cleared(run: Callable[..., Ended], tmp_path: Path) -> None:
+    (tmp_path / "a.packed").write_bytes(b"x" * 2_000_000)
+    (tmp_path / "notes.txt").write_text("not of the cache")
+    listed = run("cache", "list", "--cache-dir", tmp_path, "--json", "-")
+    assert [(entry["model"], entry["nbytes"]) for entry in json.loads(listed.out)] == [("damaged", 2_000_000)]
+    assert "2.0 MB in 1 files" in run("cache", "list", "--cache-dir", tmp_path).out
+    assert "removed 2.0 MB in 1 files" in run("cache", "clear", "--cache-dir", tmp_path).out
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

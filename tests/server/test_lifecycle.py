@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from dibit.engine.errors import ConfigError
-from dibit.server.lifecycle import bind_socket
+from dibit.server.lifecycle import ServerSettings, bind_socket
 from fakes import FakeRunner
 from server_harness import CHAT, COMPLETIONS, MODEL, Live, events, serving, wait_until
 
@@ -193,12 +193,12 @@ import logging, sys
 sys.path.insert(0, {str(TESTS)!r})
 from fakes import FakeRunner, fake_core
 from dibit.engine.async_engine import AsyncEngine
-from dibit.server.lifecycle import bind_socket, serve
+from dibit.server.lifecycle import ServerSettings, bind_socket, serve
 logging.basicConfig(level=logging.INFO)
 sock = bind_socket("127.0.0.1", 0)
 print(sock.getsockname()[1], flush=True)
 runner = FakeRunner(num_blocks=8192, max_model_len=4096, step_delay_s=0.01)
-serve(AsyncEngine(fake_core(runner), model_name="org/fake"), sock=sock, drain_timeout_s=20)
+serve(AsyncEngine(fake_core(runner), model_name="org/fake"), ServerSettings(drain_timeout_s=20), sock=sock)
 print("left", flush=True)
 """
 
@@ -275,3 +275,22 @@ def test_an_address_that_cannot_be_had(host: str, port: int) -> None:
 def test_localhost_is_the_address_every_client_tries() -> None:
     with bind_socket("localhost", 0) as sock:
         assert sock.family == socket.AF_INET
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cors_origins": ("https://a.example/path",)}, "without a path"),
+        ({"connection_idle_s": 0}, "connection_idle_s is 0"),
+        ({"max_body_bytes": -1}, "max_body_bytes is -1"),
+        ({"keep_alive_s": float("nan")}, "keep_alive_s is nan"),
+        ({"drain_timeout_s": -1.0}, "drain_timeout_s is -1"),
+    ],
+)
+def test_settings_that_cannot_hold_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ServerSettings(**settings)
+
+
+def test_origins_as_browsers_send_them() -> None:
+    ServerSettings(cors_origins=("*", "https://chat.example.org", "http://localhost:3000", "http://[::1]:80"))
