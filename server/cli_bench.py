@@ -9,7 +9,7 @@ import typer
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError
 from dibit.server.cli_bench_serve import bench_plot, bench_serve
-from dibit.server.options import MODEL_HELP, Json, engine_options, parse_integers
+from dibit.server.options import MODEL_HELP, Json, Model, engine_options, parse_integers
 
 bench_app = typer.Typer(help="Measure speed, beside the machine's limits.", no_args_is_help=True)
 bench_app.command("serve")(bench_serve)
@@ -89,4 +89,26 @@ def bench_decode(
     )
     if json != "-":
         typer.echo(decode.format_table(results))
+    write_json(results, json)
+
+
+@bench_app.command("startup")
+@engine_options
+def bench_startup(
+    model: Model,
+    *,
+    repeats: Annotated[int, typer.Option(help="cold starts, and as many warm ones; medians count")] = 3,
+    json: Json = None,
+    config: EngineConfig,
+) -> None:
+    """Time from the start of a server to its open port and its first token, and its memory at most.
+
+    Example: dibit bench startup models/demo-4bit --repeats 3 --json -
+    """
+    from dibit.bench import startup
+    from dibit.server.output import write_json
+
+    results = startup.run_startup(model, config, repeats=repeats)
+    if json != "-":
+        typer.echo(startup.format_table(results))
     write_json(results, json)
