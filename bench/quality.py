@@ -71,7 +71,7 @@ ROWS = (
         "`--recipe fast --zero-grid fractional`",
         f"{W2} --recipe fast --zero-grid fractional --samples 64",
     ),
-    Row("best-2", "the same, then end to end: `--recipe best`", source="fastfrac-2", tune=f"--objective kl {TUNED}"),
+    Row("best-2", "the same, then `dibit finetune` as in `--recipe best`", source="fastfrac-2", tune=f"--objective kl {TUNED}"),
 )
 
 
@@ -145,9 +145,9 @@ def quantized(report: dict[str, Any]) -> dict[str, Any]:
     found = {name: report[name] for name in KEPT}
     if found["calibration"]:
         found["calibration"] = {**found["calibration"], "text": Path(found["calibration"]["text"]).name}
-    training = [block["tokens_per_s"] for block in report["training"] if block]
+    training = [block["tokens_per_s"] for block in report.get("training", ()) if block]
     found["tokens_per_s"] = statistics.median(training) if training else None
-    shares = [block["matmul_share"] for block in report["training"] if block]
+    shares = [block["matmul_share"] for block in report.get("training", ()) if block]
     found["matmul_share"] = statistics.median(shares) if shares else None
     return found
 
