@@ -1,9 +1,9 @@
 """Decode steps without Python between the ops: recorded once per number of sequences, replayed from then on.
 
 The decoder's ordinary forward runs while a recorder writes down what it calls (kernels/tape.py), from the embedding to
-the highest logit. Everything that differs from step to step is read from buffers that are filled before each run:
-tokens, positions, slots, lengths, block tables. The same ops run on the same numbers, so the logits are those of the
-ordinary path, bit for bit.
+the token that is drawn. Everything that differs from step to step is read from buffers that are filled before each run:
+tokens, positions, slots, lengths, block tables, how each row is drawn. The same ops run on the same numbers, so logits
+and tokens are those of the ordinary path, bit for bit.
 
 Memory: one Workspace with room for max_seqs rows of activations and logits (shared by all tapes), block tables of
 max_seqs rows, and MAX_TAPES tapes of some ten words per op.
@@ -23,8 +23,11 @@ from torch import Tensor
 from dibit.engine.batch import Batch
 from dibit.engine.kv_cache import KVCache
 from dibit.engine.models.decoder import Decoder
-from dibit.engine.sampler import Highest
+from dibit.engine.request import Request
+from dibit.engine.sampler import Highest, prepare_draw
 from dibit.engine.step import Chunk
+from dibit.kernels import native
+from dibit.kernels.sampling_cpu import Draws, sample
 from dibit.kernels.tape import Tape, Workspace, record
 
 MAX_TAPES = 64
@@ -32,7 +35,7 @@ MAX_TAPES = 64
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """logits [B, V] float32 and what is highest in them, valid until the next step."""
+    """logits [B, V] float32 and what is highest in them or drawn from them, valid until the next step."""
 
     logits: Tensor
     highest: Highest
@@ -71,6 +74,8 @@ class DecodeTapes:
         self._seq_lens = array("i", bytes(4 * max_seqs))
         self._tables = array("i", bytes(4 * max_seqs * self._width))
         self._written: list[list[int]] = [[] for _ in range(max_seqs)]
+        self._draws = Draws(max_seqs)
+        self._drawing: list[Request | None] = [None] * max_seqs
 
     def __contains__(self, count: int) -> bool:
         return count in self._captured
@@ -102,10 +107,19 @@ class DecodeTapes:
             self._positions[row] = start
             self._slots[row] = blocks[start // size] * size + start % size
             self._seq_lens[row] = start + 1
+            self._prepare(row, request)
             if blocks != self._written[row]:
                 self._written[row] = blocks.copy()
                 entries = array("i", blocks[: self._width])
                 self._tables[row * self._width : row * self._width + len(entries)] = entries
+
+    def _prepare(self, row: int, request: Request) -> None:
+        if self._drawing[row] is request:
+            self._draws.count(row, request.num_output)
+            return
+        prepare_draw(self._draws, row, request)
+        # What is edited until min_tokens is drawn after it.
+        self._drawing[row] = None if request.params.min_tokens else request
 
     @torch.inference_mode()
     def _capture(self, count: int) -> Decoded:
@@ -122,7 +136,10 @@ class DecodeTapes:
             hidden = self.decoder.hidden(batch, self.cache, self._cos, self._sin)
             logits = self.decoder.logits(hidden)
             ids, peaks = self.decoder.ops.argmax(logits)
-        decoded = Decoded(logits, Highest(ids.numpy().data, peaks.numpy().data))
+            drawn = sample(logits, ids, peaks, self._draws) if native.unavailable() is None else None
+        decoded = Decoded(
+            logits, Highest(ids.numpy().data, peaks.numpy().data, None if drawn is None else drawn.numpy().data)
+        )
         tape = recording.tape()
         if tape is None:
             self.refusal = recording.refusal

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from dibit.engine.kv_cache import allocate
 from dibit.engine.memory_plan import LOGIT_BYTES, activation_bytes, free_memory, size_cache
 from dibit.engine.models.decoder import Decoder
 from dibit.engine.request import Request, TokenLogprob
-from dibit.engine.sampler import Highest, prompt_logprobs, sample
+from dibit.engine.sampler import Highest, beside, prompt_logprobs, sample
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
 from dibit.kernels import native
 from dibit.kernels.tape import Tape
@@ -46,7 +47,10 @@ class ModelRunner:
 
     free_bytes  memory that the cache may be taken from (None: what is free now, with the weights already held)
 
-    taped_steps, untaped_steps  steps that were replayed from a tape (the recording of one counts too), and the others
+    taped_steps    steps that were replayed from a tape (the recording of one counts too)
+    untaped        the other steps by what kept them from it: "prefill", "prompt_logprobs", "no_tape", "sequences" (more
+                   than a tape has rows)
+    beside_tape    rows of taped steps whose token was chosen after it, by reason: "penalties", "logprobs"
     scoring_s  seconds spent on logits and log-probabilities of prompts
     listener   is given (request id, place of the first token, logits [n, vocab] of the tokens from there on) of prompts
                whose log-probabilities were asked for, as they are computed; the tensor is not the listener's to keep
@@ -73,7 +77,9 @@ class ModelRunner:
             dtype=size.dtype,
             device=decoder.device,
         )
-        self.taped_steps = self.untaped_steps = 0
+        self.taped_steps = 0
+        self.untaped: Counter[str] = Counter()
+        self.beside_tape: Counter[str] = Counter()
         self.scoring_s = 0.0
         self.listener: Callable[[str, int, Tensor], None] | None = None
         self._tapes = self._decode_tapes()
@@ -91,6 +97,10 @@ class ModelRunner:
         return self._max_model_len
 
     @property
+    def untaped_steps(self) -> int:
+        return self.untaped.total()
+
+    @property
     def tape_s(self) -> float:
         """Seconds spent in tapes so far."""
         return 0.0 if self._tapes is None else self._tapes.replay_s
@@ -101,19 +111,23 @@ class ModelRunner:
 
     def execute(self, step: Step) -> StepResult:
         """Compute a step. Faults of single rows are in `failed`; anything else raises."""
-        if self._tapes is not None and len(step.chunks) <= self._tapes.max_seqs and all(map(_decodes, step.chunks)):
-            return self._replay(self._tapes, step)
-        self.untaped_steps += 1
+        reason = next(filter(None, map(_more_than_decoding, step.chunks)), None)
+        if reason is None and self._tapes is not None:
+            if len(step.chunks) <= self._tapes.max_seqs:
+                return self._replay(self._tapes, step)
+            reason = "sequences"
+        self.untaped[reason or "no_tape"] += 1
         return self._compute(step)
 
     def _replay(self, tapes: DecodeTapes, step: Step) -> StepResult:
         decoded = tapes.run(step.chunks)
         if tapes.refusal is None:
             self.taped_steps += 1
+            self.beside_tape.update(reason for chunk in step.chunks if (reason := beside(chunk.request)) is not None)
         else:
             log.info("decode steps run op by op: %s", tapes.refusal)
             self._tapes = None
-            self.untaped_steps += 1
+            self.untaped["no_tape"] += 1
         sampled: dict[str, Sampled] = {}
         failed: dict[str, str] = {}
         _sort_out(decoded.logits, [chunk.request for chunk in step.chunks], sampled, failed, highest=decoded.highest)
@@ -203,14 +217,13 @@ def set_threads(config: EngineConfig, decoder: Decoder) -> int:
     return threads
 
 
-def _decodes(chunk: Chunk) -> bool:
-    """Whether all there is to compute of a chunk is one token and a draw."""
+def _more_than_decoding(chunk: Chunk) -> str | None:
+    """What there is to compute of a chunk besides one token and a draw, or None."""
     request = chunk.request
-    return (
-        chunk.count == 1
-        and chunk.samples
-        and (request.params.prompt_logprobs is None or chunk.stop >= request.num_prompt)
-    )
+    if chunk.count != 1 or not chunk.samples:
+        return "prefill"
+    asked = request.params.prompt_logprobs is not None and chunk.stop < request.num_prompt
+    return "prompt_logprobs" if asked else None
 
 
 def _sort_out(

@@ -9,11 +9,16 @@ number from Philox4x64 (Salmon et al. 2011) keyed by the seed with the number of
 the inverse of the cumulative distribution in float64, in the order of ids. A row that cannot be sampled gives an error
 of its own; the others go on.
 
+`kept`, `uniform` and `_draw` say what a draw is. Where the C++ library is built it does them (kernels/sampling_cpu.py),
+on the tape of a decode step and beside it alike, so that a request's tokens do not depend on which one it was. Its exp
+is not numpy's: on a machine without the library the same seed may, once in some ten million draws, give another token.
+
 Log-probabilities are of the model's own distribution, before any of the above.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,16 +35,22 @@ from dibit.engine.step import Sampled
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dibit.kernels.sampling_cpu import Draws
+
 Floats = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
 class Highest:
-    """The highest logit of each row [R] and the first id that has it [R]; NaN counts as the highest of all."""
+    """The highest logit of each row [R] and the first id that has it [R]; NaN counts as the highest of all.
+
+    drawn  ids [R] that `prepare_draw` asked for, where they were drawn already
+    """
 
     ids: npt.NDArray[np.integer[Any]] | memoryview
     peaks: npt.NDArray[np.float32] | memoryview
+    drawn: memoryview | None = None
 
 
 # Scores are float32, about 1e-6 apart at usual sizes: below this temperature only ties are left to chance, and scores
@@ -66,21 +77,30 @@ def sample(logits: Tensor, requests: Sequence[Request], *, highest: Highest | No
     exception stands in the list for a row with NaN, +inf or nothing but -inf, and for one whose parameters name ids
     that the logits do not have.
     """
-    if highest is not None and all(map(_is_plain, requests)):
-        return _greedy(highest, requests)
+    if highest is not None:
+        if highest.drawn is not None and all(map(_is_undisturbed, requests)):
+            return _known(highest.drawn, highest.peaks, requests)
+        if all(map(_is_plain, requests)):
+            return _known(highest.ids, highest.peaks, requests)
     if logits.shape[0] != len(requests):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
     if logits.device.type != "cpu" and all(map(_is_plain, requests)):
-        return _greedy(_highest_on_device(logits), requests)
+        highest = _highest_on_device(logits)
+        return _known(highest.ids, highest.peaks, requests)
     rows = _rows(logits)
     if highest is None:
         # NaN counts as the highest here, so the peak of a row with any is NaN.
         ids = rows.argmax(axis=1)
         highest = Highest(ids, rows[np.arange(len(rows)), ids])
+    drawn = highest.drawn if highest.drawn is not None else _drawn(rows, highest, requests)
+    ids_drawn = [None] * len(requests) if drawn is None else drawn.tolist()
     results: list[Sampled | Exception] = []
-    for row, token_id, peak, request in zip(rows, highest.ids.tolist(), highest.peaks.tolist(), requests, strict=True):
+    for row, best, chosen, peak, request in zip(
+        rows, highest.ids.tolist(), ids_drawn, highest.peaks.tolist(), requests, strict=True
+    ):
         try:
-            results.append(_sample_row(row, token_id, peak, request) if math.isfinite(peak) else _fault(request, peak))
+            found = _sample_row(row, best, chosen, peak, request) if math.isfinite(peak) else _fault(request, peak)
+            results.append(found)
         except Exception as error:
             results.append(error)
     return results
@@ -131,9 +151,26 @@ def uniform(seed: int, count: int) -> float:
     return (int(bits) >> 11) * _UNIFORM_STEP
 
 
+def prepare_draw(draws: Draws, row: int, request: Request) -> None:
+    """Ask for the next token of a request from its row, or for the highest logit where scores are edited first."""
+    if request.params.greedy or _is_edited(request):
+        draws.greedy(row)
+    else:
+        _fill_draw(draws, row, request)
+
+
+def beside(request: Request) -> str | None:
+    """Why the next token of a request takes more than a draw from its logits, or None."""
+    return "penalties" if _is_edited(request) else None if request.params.logprobs is None else "logprobs"
+
+
 def _is_plain(request: Request) -> bool:
     """Whether the highest logit is all there is to know."""
-    return request.params.greedy and request.params.logprobs is None and not _is_edited(request)
+    return request.params.greedy and _is_undisturbed(request)
+
+
+def _is_undisturbed(request: Request) -> bool:
+    return request.params.logprobs is None and not _is_edited(request)
 
 
 def _is_edited(request: Request) -> bool:
@@ -153,25 +190,83 @@ def _highest_on_device(logits: Tensor) -> Highest:
     return Highest(ids.cpu().numpy(), peaks.float().cpu().numpy())
 
 
-def _greedy(highest: Highest, requests: Sequence[Request]) -> list[Sampled | Exception]:
-    """The tokens of rows of which the highest logit is all there is to know."""
+def _known(
+    ids: npt.NDArray[np.integer[Any]] | memoryview,
+    peaks: npt.NDArray[np.float32] | memoryview,
+    requests: Sequence[Request],
+) -> list[Sampled | Exception]:
+    """The tokens of rows whose ids are known."""
     return [
         Sampled(token_id) if math.isfinite(peak) else _fault(request, peak)
-        for request, token_id, peak in zip(requests, highest.ids.tolist(), highest.peaks.tolist(), strict=True)
+        for request, token_id, peak in zip(requests, ids.tolist(), peaks.tolist(), strict=True)
     ]
 
 
-def _sample_row(row: Floats, best: int, peak: float, request: Request) -> Sampled | Exception:
+def _fill_draw(draws: Draws, row: int, request: Request) -> None:
     params = request.params
-    token_id, scores = best, row
-    if _is_edited(request):
+    draws.draw(
+        row,
+        temperature=params.temperature,
+        min_p=params.min_p,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        seed=request.seed,
+    )
+    draws.count(row, request.num_output)
+
+
+def _drawn(rows: npt.NDArray[np.float32], highest: Highest, requests: Sequence[Request]) -> memoryview | None:
+    """What `prepare_draw` asks of each row, or None without the library."""
+    if all(request.params.greedy for request in requests) or not _has_library():
+        return None
+    import torch
+
+    from dibit.kernels.sampling_cpu import Draws
+    from dibit.kernels.sampling_cpu import sample as draw
+
+    draws = Draws(len(requests))
+    for row, request in enumerate(requests):
+        prepare_draw(draws, row, request)
+    ids = torch.from_numpy(np.array(highest.ids, dtype=np.int64))
+    peaks = torch.from_numpy(np.array(highest.peaks, dtype=np.float32))
+    return draw(torch.from_numpy(np.ascontiguousarray(rows)), ids, peaks, draws).numpy().data
+
+
+@functools.cache
+def _has_library() -> bool:
+    from dibit.kernels import native
+
+    return native.unavailable() is None
+
+
+def _choose(scores: Floats, request: Request) -> int:
+    """The draw from scores [V] of which the highest is finite."""
+    params = request.params
+    if not _has_library():
+        ids, weights = kept(scores, params)
+        return int(ids[_draw(weights, uniform(request.seed, request.num_output))])
+    import torch
+
+    from dibit.kernels.sampling_cpu import Draws
+    from dibit.kernels.sampling_cpu import sample as draw
+
+    draws = Draws(1)
+    _fill_draw(draws, 0, request)
+    best = int(scores.argmax())
+    row = torch.from_numpy(scores)[None]
+    return int(draw(row, torch.tensor([best]), row[:, best], draws))
+
+
+def _sample_row(row: Floats, best: int, drawn: int | None, peak: float, request: Request) -> Sampled | Exception:
+    params = request.params
+    token_id, scores, edited = best, row, _is_edited(request)
+    if edited:
         scores = _edited(row, request)
         token_id = int(scores.argmax())
         if not math.isfinite(scores[token_id]):
             return EngineFault(f"request {request.id}: min_tokens and logit_bias leave no token to choose")
     if not params.greedy:
-        ids, weights = kept(scores, params)
-        token_id = int(ids[_draw(weights, uniform(request.seed, request.num_output))])
+        token_id = drawn if drawn is not None and not edited else _choose(scores, request)
     return Sampled(token_id, None if params.logprobs is None else _logprob(row, peak, token_id, params.logprobs))
 
 

@@ -33,3 +33,6 @@ DIBIT_API int dibit_silu_mul(float* y, const float* gate_up, int64_t rows, int64
 DIBIT_API int dibit_copy_columns(float* y, const float* x, int64_t rows, int64_t width, int64_t stride);
 
 DIBIT_API int dibit_argmax(int64_t* ids, float* peaks, const float* scores, int64_t rows, int64_t width);
+
+DIBIT_API int dibit_sample(int64_t* ids, const float* scores, const int64_t* best, const float* peaks,
+                           const double* filters, const int64_t* draws, int64_t rows, int64_t width);

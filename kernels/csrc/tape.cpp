@@ -62,6 +62,7 @@ constexpr Op kOps[] = {
     op<dibit_silu_mul>("dibit_silu_mul"),
     op<dibit_copy_columns>("dibit_copy_columns"),
     op<dibit_argmax>("dibit_argmax"),
+    op<dibit_sample>("dibit_sample"),
 };
 constexpr int64_t kOpCount = sizeof(kOps) / sizeof(kOps[0]);
 

@@ -172,6 +172,54 @@ def test_sampled_and_scored_rows(kv_type: str, low_bit: Decoder, monkeypatch: py
     same(taped, plain)
 
 
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.7},
+    {"temperature": 1.0, "min_p": 0.1, "top_k": 9, "top_p": 0.95},
+    {"temperature": 1.0, "presence_penalty": 0.5},
+    {"temperature": 1.0, "min_tokens": 4},
+    {"temperature": 1.0, "logprobs": 1},
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_draws_on_the_tape(threads: int, low_bit: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed() -> list[Request]:
+        made = []
+        for i, params in enumerate(MIXED):
+            request = make_request(token_ids(3 + i, seed=i), id=str(i), max_tokens=6 + i, **params)
+            request.seed = 1000003 * i
+            made.append(request)
+        return made
+
+    plain = serve(low_bit, mixed(), monkeypatch, tape=False, threads=threads)
+    taped = serve(low_bit, mixed(), monkeypatch, threads=threads)
+    same(taped, plain)
+    assert taped.runner.beside_tape.keys() == {"penalties", "logprobs"}
+    # The rows before the first token of min_tokens are edited, those after it are not.
+    assert taped.runner.beside_tape["penalties"] <= taped.runner.taped_steps * 2
+    assert taped.runner.untaped.keys() <= {"prefill"}
+    assert plain.runner.untaped.keys() == {"prefill", "no_tape"}
+
+
+def test_nothing_is_drawn_after_the_tape_that_can_be_on_it(low_bit: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("drawn beside the tape")
+
+    runner = ModelRunner(low_bit, EngineConfig(block_size=4, max_num_seqs=2, threads=1))
+    request = make_request(token_ids(1), id="one", temperature=1.0, top_k=7)
+    request.block_ids = [0, 1]
+    monkeypatch.setattr(sampler, "_drawn", never)
+    monkeypatch.setattr(sampler, "_choose", never)
+    for _ in range(5):
+        result = runner.execute(Step((Chunk(request, request.num_computed, 1),)))
+        request.num_computed += 1
+        request.token_ids.append(result.sampled["one"].token_id)
+    assert (runner.taped_steps, runner.untaped_steps) == (5, 0)
+
+
 def test_what_is_no_decode_step_runs_op_by_op(low_bit: Decoder) -> None:
     runner = ModelRunner(low_bit, EngineConfig(block_size=4, max_num_seqs=2, threads=1))
     ids = token_ids(3)

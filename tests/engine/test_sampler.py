@@ -11,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dibit.engine import sampler
 from dibit.engine.config import SamplingParams
 from dibit.engine.errors import EngineFault, RequestError
 from dibit.engine.request import Request, TokenLogprob
-from dibit.engine.sampler import _greedy, _highest_on_device, kept, prompt_logprobs, sample, uniform, validate
+from dibit.engine.sampler import _highest_on_device, _known, kept, prompt_logprobs, sample, uniform, validate
 from dibit.engine.step import Sampled
+from dibit.kernels import native
 
 
 def request(
@@ -35,6 +37,16 @@ def request(
         eos_ids=frozenset(eos),
         token_ids=[*prompt, *output],
     )
+
+
+@pytest.fixture(autouse=True, params=["library", "numpy"])
+def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every promise is kept by the C++ body and by the one it is defined by."""
+    with_library = request.param == "library"
+    if with_library and native.unavailable() is not None:
+        pytest.skip("needs the C++ kernels")
+    monkeypatch.setattr(sampler, "_has_library", lambda: with_library)
+    return str(request.param)
 
 
 def drawn(logits: torch.Tensor, requests: list[Request]) -> list[int]:
@@ -204,7 +216,8 @@ def test_the_path_for_devices_and_known_peaks_choose_alike() -> None:
     logits = torch.randint(-3, 3, (30, 50), generator=torch.Generator().manual_seed(6)).float()
     logits[4, 7], logits[5, 0], logits[6] = math.nan, math.inf, -math.inf
     rows = [request(seed=s, temperature=0) for s in range(30)]
-    expected, found = sample(logits, rows), _greedy(_highest_on_device(logits), rows)
+    chosen = _highest_on_device(logits)
+    expected, found = sample(logits, rows), _known(chosen.ids, chosen.peaks, rows)
     assert [str(f) for f in found] == [str(e) for e in expected]
     assert sum(isinstance(f, EngineFault) for f in found) == 3
     known = sample(logits, rows, highest=_highest_on_device(logits))
