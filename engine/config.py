@@ -28,6 +28,8 @@ class EngineConfig:
     max_model_len     longest sequence, prompt and output together (None: the model's own limit, or what fits)
     max_num_seqs      sequences in one step
     max_batch_tokens  tokens in one step; a longer prompt is prefilled in chunks of at most this many
+    max_itl_ratio     how many times longer prompts may make a step beside requests that decode than it takes without
+                      them (0: no bound); they get at least 16 tokens a step
     max_queued        requests waiting beyond the running ones before CapacityError
     block_size        tokens in a KV block
     kv_bytes          size of the KV cache (None: what max_num_seqs full-length sequences need, at most
@@ -51,6 +53,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_batch_tokens: int = 256
+    max_itl_ratio: float = 2.5
     max_queued: int = 256
     block_size: int = 32
     kv_bytes: int | None = None
@@ -78,6 +81,8 @@ class EngineConfig:
                 f"max_batch_tokens ({self.max_batch_tokens}) is smaller than max_num_seqs ({self.max_num_seqs}): "
                 "every running sequence needs one token a step; raise the first or lower the second"
             )
+        if self.max_itl_ratio != 0 and not 1 < self.max_itl_ratio < math.inf:
+            raise ConfigError(f"max_itl_ratio is {self.max_itl_ratio}; it must be more than 1, or 0 for no bound")
         if not 0 < self.kv_memory_share <= 0.95:
             raise ConfigError(f"kv_memory_share is {self.kv_memory_share}; it must lie in (0, 0.95]")
         numa.parse(self.numa)

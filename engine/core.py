@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dibit.engine.blocks import BlockPool
@@ -43,9 +43,21 @@ class Ticket:
 
 
 class EngineCore:
-    """Scheduler, runner and tokenizer at work. `prepare` may be called from any thread, the rest from one."""
+    """Scheduler, runner and tokenizer at work. `prepare` may be called from any thread, the rest from one.
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    clock  seconds, from anywhere; steps are timed by it, and what they take decides how many tokens of prompts go into
+           the next ones
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._clock = clock
         self.runner = runner
         self.tokenizer = tokenizer
         self.config = config
@@ -138,10 +150,11 @@ class EngineCore:
         step = self.scheduler.schedule()
         if not step.chunks:
             return outputs
-        started_s = time.perf_counter()
+        started_s = self._clock()
         result = self._execute(step)
         self._steps += 1
-        self._measure(step, time.perf_counter() - started_s)
+        if not result.failed:
+            self._measure(step, self._clock() - started_s)
         advances = self.scheduler.commit(step, result)
         for request_id, error in result.failed.items():
             if request_id in self._tickets:
@@ -297,6 +310,8 @@ class EngineCore:
             raise EngineDead(self.dead)
 
     def _measure(self, step: Step, elapsed_s: float) -> None:
+        decodes = sum(chunk.request.decodes for chunk in step.chunks)
+        self.scheduler.cost.observe(elapsed_s, decodes=decodes, prompt_tokens=step.num_tokens - decodes)
         prompt = sum(chunk.count for chunk in step.chunks if chunk.count > 1)
         if prompt and elapsed_s > 0:
             rate = prompt / elapsed_s

@@ -88,5 +88,10 @@ class Request:
         return self.token_ids[len(self.prompt_ids) :]
 
     @property
+    def decodes(self) -> bool:
+        """Whether all that is left to compute is the token that was drawn last."""
+        return self.num_output > 0 and self.num_tokens - self.num_computed == 1
+
+    @property
     def finished(self) -> bool:
         return self.status is Status.FINISHED

@@ -5,7 +5,8 @@ with the first. Decoding, (chunked) prefill, prefix-cache hits and recomputation
 
 Order of service: running requests, oldest first; then waiting ones, first come, first served. A request enters only
 when some budget is left, so at most one running request still has a prompt to compute, and it is the youngest: every
-other one decodes, and none of them waits behind a long prompt.
+other one decodes, and none of them waits behind a long prompt. Beside requests that decode, prompts get no more tokens
+than keep the step within max_itl_ratio times what it takes without them, as far as that was measured (step_cost.py).
 
 A request enters with the blocks of everything it has so far, plus a small reserve, so that it is not thrown out at
 once. When a running request needs a block and none is left, the youngest running one gives its blocks up and waits
@@ -26,6 +27,7 @@ from dibit.engine.blocks import BlockPool, block_key, root_key
 from dibit.engine.config import EngineConfig
 from dibit.engine.request import FinishReason, Request, Status
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
+from dibit.engine.step_cost import StepCost
 
 # Share of the pool that stays free when a request enters beside running ones: room for them to grow.
 RESERVE_SHARE = 0.02
@@ -47,6 +49,8 @@ class Scheduler:
         self.pool = pool
         self.max_num_seqs = config.max_num_seqs
         self.max_batch_tokens = config.max_batch_tokens
+        self.max_itl_ratio = config.max_itl_ratio
+        self.cost = StepCost()
         self.prefix_cache = config.prefix_cache
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of entry: the last is the youngest
@@ -108,10 +112,13 @@ class Scheduler:
         """The next step, with the blocks for it allotted; empty only when there is no request."""
         chunks: list[Chunk] = []
         budget = self.max_batch_tokens
+        prompt_budget = self._prompt_budget()
         for request in tuple(self.running):
             if request.status is not Status.RUNNING:
                 break
             count = min(request.num_tokens - request.num_computed, budget)
+            if not request.decodes:
+                count = min(count, prompt_budget)
             while not self._grow(request, request.num_computed + count):
                 youngest = self.running[-1]
                 self.preempt(youngest)
@@ -120,13 +127,16 @@ class Scheduler:
             else:
                 chunks.append(Chunk(request, request.num_computed, count))
                 budget -= count
-        while budget > 0 and self.waiting and len(self.running) < self.max_num_seqs:
+                if not request.decodes:
+                    prompt_budget -= count
+        while min(budget, prompt_budget) > 0 and self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if not self._enter(request):
                 break
-            count = min(request.num_tokens - request.num_computed, budget)
+            count = min(request.num_tokens - request.num_computed, budget, prompt_budget)
             chunks.append(Chunk(request, request.num_computed, count))
             budget -= count
+            prompt_budget -= count
         return Step(tuple(chunks))
 
     def commit(self, step: Step, result: StepResult) -> list[Advance]:
@@ -157,6 +167,14 @@ class Scheduler:
             assert request.num_computed <= len(request.block_ids) * self.pool.block_size
             assert request.num_computed < request.num_tokens or request.num_output == 0
         self.pool.check(request.block_ids for request in self._requests.values())
+
+    def _prompt_budget(self) -> int:
+        """Tokens of prompts that the next step may compute beside what decodes."""
+        if not self.max_itl_ratio:
+            return self.max_batch_tokens
+        decodes = sum(request.decodes for request in self.running)
+        tokens = self.cost.chunk_tokens(decodes=decodes, max_ratio=self.max_itl_ratio)
+        return self.max_batch_tokens if tokens is None else tokens
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         missing = self.pool.blocks_for(num_tokens) - len(request.block_ids)
