@@ -40,6 +40,10 @@ _KINDS = (
 )
 
 
+REGISTER_FILE = 65536
+"""Registers of a processor: what one program may have of them is what ptxas is told at a launch, too."""
+
+
 class NoCompiler(RuntimeError):
     """Kernels cannot be compiled here; the message says why."""
 
@@ -92,10 +96,11 @@ def compile_kernel(
         constexprs=dict(constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
+    most = min(MAX_REGISTERS, REGISTER_FILE // (32 * warps))
     made = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps, "num_stages": stages, "maxnreg": MAX_REGISTERS},
+        options={"num_warps": warps, "num_stages": stages, "maxnreg": most},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])

@@ -8,7 +8,7 @@ reference on the same cache that is, for a float16 cache, an error of at most ab
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -41,6 +41,23 @@ def blocks(group: int, longest: int) -> Rows:
     return Rows(max(1, (64 if wide else 16) // heads), heads, 8 if wide else 4)
 
 
+@dataclass(frozen=True)
+class Attended:
+    """The result of attention for `tokens` tokens: target [T, H D], or when `partial` the `splits` of the keys apart,
+    target [T, H, splits, D] float32 and the log2 of each one's sum of weights, weights [T, H, splits]."""
+
+    target: Tensor
+    weights: Tensor
+    tokens: int
+    splits: int
+    head_dim: int
+    partial: bool
+
+    def rows(self, index: Tensor) -> Attended:
+        """Of the tokens `index` [R] alone."""
+        return replace(self, target=self.target[index], weights=self.weights[index], tokens=index.shape[0])
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -57,26 +74,57 @@ def paged_attention(
 
     The rows of `block_tables` may be part of a wider table. Raises ContractError for shapes and dtypes.
     """
+    out = torch.empty_like(q) if out is None else out
+    attended = attend(q, k_cache, v_cache, cu_seqlens, seq_lens, block_tables, scale, out=out, split_keys=split_keys)
+    return joined(attended, out=out).target
+
+
+def joined(attended: Attended, *, out: Tensor | None = None) -> Attended:
+    """The same with its splits joined, in `out` [T, H D] float where given, else in float32."""
+    if not attended.partial:
+        return attended
+    tokens, heads, splits, d = attended.target.shape
+    y = torch.empty(tokens, heads * d, dtype=torch.float32, device=attended.target.device) if out is None else out
+    merge_kernel[(tokens * heads,)](
+        attended.target, attended.weights, y, splits, d, BLOCK_D=max(16, triton.next_power_of_2(d)), num_warps=1
+    )
+    return replace(attended, target=y, weights=y, partial=False)
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+    scale: float,
+    *,
+    out: Tensor | None = None,
+    split_keys: int = SPLIT_KEYS,
+) -> Attended:
+    """paged_attention, its splits perhaps not joined; `out` is used when they are."""
     check_paged_attention(
         q, k_cache, v_cache, cu_seqlens, seq_lens, block_tables, out, reals=_REALS, cache_reals=_REALS
     )
     _, kv_heads, block_size, d = k_cache.shape
     tokens, sequences = q.shape[0], seq_lens.shape[0]
     heads = q.shape[1] // d
-    y = torch.empty_like(q) if out is None else out
-    if tokens == 0:
-        return y
     group = heads // kv_heads
     # Lengths live on the device: what bounds the grid is what is known here, the tokens and the width of the tables.
     splits = -(-block_tables.shape[1] * block_size // split_keys)
-    partial = splits > 1 and tokens <= SIDE_BY_SIDE_TOKENS
+    partial = splits > 1 and 0 < tokens <= SIDE_BY_SIDE_TOKENS
     # A sequence's chunk is not known without a look at cu_seqlens, but with a token for every sequence all have one.
     longest = 1 if tokens == sequences else tokens - sequences + 1
     rows = blocks(group, longest)
-    target, weights = y, y
     if partial:
         target = torch.empty(tokens, heads, splits, d, dtype=torch.float32, device=q.device)
         weights = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
+    else:
+        target = weights = torch.empty_like(q) if out is None else out
+    attended = Attended(target, weights, tokens, splits, d, partial)
+    if tokens == 0:
+        return attended
     block_d = max(16, triton.next_power_of_2(d))
     attention_kernel[(triton.cdiv(longest, rows.tokens), sequences, kv_heads * (splits if partial else 1))](
         q,
@@ -104,6 +152,4 @@ def paged_attention(
         num_warps=rows.warps,
         num_stages=STAGES,
     )
-    if partial:
-        merge_kernel[(tokens * heads,)](target, weights, y, splits, d, BLOCK_D=block_d, num_warps=1)
-    return y
+    return attended

@@ -93,18 +93,80 @@ def qlinear(
     y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device) if out is None else out
     if x.shape[0] == 0:
         return y
-    chosen = plan(w.geometry, w.padded_rows, x.shape[0], gpu=gpu_of(x.device))
+    chosen = plan_of(w, x.shape[0])
     prepared = prepare(x, w, padded_tokens=chosen.padded_tokens(x.shape[0]))
     return multiply(prepared, w, chosen, y, bias=bias, residual=residual)
+
+
+def plan_of(w: TritonQWeight, tokens: int) -> Plan:
+    """How a product of `tokens` tokens with `w` is cut, on the GPU that holds it."""
+    return plan(w.geometry, w.padded_rows, tokens, gpu=gpu_of(w.codes.device))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A product [tokens, n] whose columns may not be added up yet.
+
+    target  y [tokens, n], or runs [splits, tokens, n] float32 when `plan.partial`: then scaling by token, and `bias`
+            [n], are owed too
+    """
+
+    target: Tensor
+    prepared: Prepared
+    weight: TritonQWeight
+    plan: Plan
+    bias: Tensor | None
 
 
 def multiply(
     x: Prepared, w: TritonQWeight, chosen: Plan, y: Tensor, *, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """The product itself, by a given plan; writes and returns y [M, N]."""
+    if chosen.partial:
+        finish(launch_runs(x, w, chosen, bias=bias), y, residual=residual)
+    else:
+        _launch(x, w, chosen, y, bias=bias, residual=residual)
+    return y
+
+
+def launch_runs(x: Prepared, w: TritonQWeight, chosen: Plan, *, bias: Tensor | None) -> Runs:
+    """One launch, whatever the plan."""
+    shape = (chosen.splits, x.tokens, w.n) if chosen.partial else (x.tokens, w.n)
+    target = torch.empty(shape, dtype=torch.float32, device=x.half.device)
+    _launch(x, w, chosen, target, bias=bias, residual=None)
+    return Runs(target, x, w, chosen, bias)
+
+
+def finish(runs: Runs, y: Tensor, *, residual: Tensor | None = None) -> None:
+    """The sum of a partial product's runs, in y [M, N]."""
+    m, w, x = runs.prepared.tokens, runs.weight, runs.prepared
+    reduce_kernel[(triton.cdiv(w.n, _REDUCE_BLOCK), m)](
+        runs.target,
+        x.sums,
+        x.factors,
+        w.scales,
+        w.zeros,
+        runs.bias,
+        residual,
+        y,
+        m,
+        w.n,
+        SPLITS=runs.plan.splits,
+        PER_CHANNEL=w.format.group_size == PER_CHANNEL,
+        ZERO_BASE=w.format.zero_line[0],
+        ZERO_STEP=w.format.zero_line[1],
+        BIAS=runs.bias is not None,
+        RESIDUAL=residual is not None,
+        BLOCK=_REDUCE_BLOCK,
+        num_warps=4,
+    )
+
+
+def _launch(
+    x: Prepared, w: TritonQWeight, chosen: Plan, target: Tensor, *, bias: Tensor | None, residual: Tensor | None
+) -> None:
     m, geometry = x.tokens, w.geometry
     padded = x.half.shape[0]
-    target = torch.empty(chosen.splits, m, w.n, dtype=torch.float32, device=y.device) if chosen.partial else y
     per_channel = w.format.group_size == PER_CHANNEL
     zero_base, zero_step = w.format.zero_line
     qlinear_kernel[
@@ -143,25 +205,3 @@ def multiply(
         num_stages=chosen.stages,
         maxnreg=MAX_REGISTERS,
     )
-    if chosen.partial:
-        reduce_kernel[(triton.cdiv(w.n, _REDUCE_BLOCK), m)](
-            target,
-            x.sums,
-            x.factors,
-            w.scales,
-            w.zeros,
-            bias,
-            residual,
-            y,
-            m,
-            w.n,
-            SPLITS=chosen.splits,
-            PER_CHANNEL=per_channel,
-            ZERO_BASE=zero_base,
-            ZERO_STEP=zero_step,
-            BIAS=bias is not None,
-            RESIDUAL=residual is not None,
-            BLOCK=_REDUCE_BLOCK,
-            num_warps=4,
-        )
-    return y

@@ -11,6 +11,7 @@ from dibit.kernels.triton.aot import Compiled, compile_kernel, weight_conversion
 from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
 from dibit.kernels.triton.plan import Gpu, Plan, plan
+from dibit.kernels.triton.report_fused import FUSED
 from dibit.kernels.triton.report_model import GPUS, LAUNCH_US, GpuModel, KernelReport, predicted
 from dibit.kernels.triton.report_small import SMALL
 
@@ -150,24 +151,34 @@ class DecodePrediction:
 LLAMA_2_7B = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
 LAYERS = 32
 HEAD = (32000, 4096)
-SMALL_LAUNCHES = 6
-"""Of a layer, beside its products: two norms, rotation with the cache write, attention and its merge, silu."""
+LAYER_LAUNCHES = 10
+"""Four products, what is fused before each (kernels/triton/fused.py), rotation with the cache write, attention."""
+LAST_LAUNCHES = 4
+"""Beside the head's own: embedding, final norm, two of argmax."""
 
 
 def predict_decode(gpu: GpuModel, format: Format) -> DecodePrediction:
-    """Products by their own predictions, every other kernel by its launch alone."""
+    """Products by their own predictions, rows of the fused ops by what they read, the rest by its launch alone."""
     products = [Product(format, 1, shape) for shape in LLAMA_2_7B]
     head = Product(Format(8, 64), 1, HEAD)
-
-    def launches(product: Product) -> int:
-        return 3 if product.plan(gpu).partial else 2
-
-    count = LAYERS * (sum(map(launches, products)) + SMALL_LAUNCHES) + launches(head) + 4
-    step_us = LAYERS * sum(predicted_product_us(product, gpu) for product in products) + predicted_product_us(head, gpu)
-    step_us += (LAYERS * SMALL_LAUNCHES + 4) * LAUNCH_US
+    qkv, o, gate_up, down = ((product.plan(gpu).splits, product.shape) for product in products)
+    hidden, mlp = qkv[1][1], down[1][1]
+    # Runs or attention's result, the residual twice, the norm's weight, and what is stored in float16.
+    rows = (
+        4 * hidden * (down[0] + 3) + 2 * hidden,
+        4 * hidden + 2 * hidden,
+        4 * hidden * (o[0] + 3) + 2 * hidden,
+        8 * mlp * gate_up[0] + 2 * mlp,
+    )
+    layer_us = sum(report_product(product, gpu).predicted_us for product in products)
+    layer_us += sum(map(gpu.row_us, rows)) + (LAYER_LAUNCHES - len(products) - len(rows)) * LAUNCH_US
+    # The last block's product is finished by itself, as is the head's.
+    ends = LAST_LAUNCHES + sum(1 for product in (products[-1], head) if product.plan(gpu).partial) + 2
+    head_us = report_product(head, gpu).predicted_us + (ends - 1) * LAUNCH_US
+    step_us = LAYERS * layer_us + head_us
     weights = LAYERS * sum(layout.nbytes(format, *shape) for shape in LLAMA_2_7B) + layout.nbytes(head.format, *HEAD)
     share = weights / (gpu.bandwidth_gb_s * 1e3) / step_us
-    return DecodePrediction(gpu.name, format.name, count, step_us, 1e6 / step_us, share)
+    return DecodePrediction(gpu.name, format.name, LAYERS * LAYER_LAUNCHES + ends, step_us, 1e6 / step_us, share)
 
 
 def report_prepare(gpu: GpuModel) -> KernelReport:
@@ -197,7 +208,7 @@ def report_reduce(gpu: GpuModel) -> KernelReport:
     made = compile_kernel(
         reduce_kernel,
         types={
-            "partial": "*fp32",
+            "runs": "*fp32",
             "sums": "*fp32",
             "factors": "*fp32",
             "scales": "*fp16",
@@ -226,7 +237,7 @@ def report_reduce(gpu: GpuModel) -> KernelReport:
     return predicted("reduce M1", gpu, made, warps=4, moved=moved, minimum=SHAPE[0] * 4)
 
 
-OTHERS: tuple[Callable[[GpuModel], KernelReport], ...] = (report_prepare, report_reduce, *SMALL)
+OTHERS: tuple[Callable[[GpuModel], KernelReport], ...] = (report_prepare, report_reduce, *FUSED, *SMALL)
 
 
 def kernel_reports(

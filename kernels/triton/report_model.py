@@ -1,10 +1,11 @@
 """GPUs as their vendors describe them, what a kernel's time should be on each, and what no kernel may do.
 
-The prediction of a launch is the largest of three times, and the launch itself:
+The prediction of a launch is the largest of these times, and the launch itself:
 
     bytes / bandwidth        every byte of weights, scales, zero points, activations and outputs, once
     instructions / rate      weights * instructions per weight / (128 lanes * processors * clock)
     products / tensor rate   2 * tokens * rows * columns / the rate of float16 with float32 sums, padding included
+    bytes / a program's      where one program reads a row by itself: ROW_BYTES_PER_CLOCK of its processor's clock
     LAUNCH_US                from the end of one kernel to the start of the next in a CUDA graph
 
 Bandwidths, clocks, processors and rates are the vendors' figures. No GPU has confirmed a prediction yet.
@@ -15,12 +16,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dibit.kernels.triton.aot import Compiled
+from dibit.kernels.triton.aot import REGISTER_FILE, Compiled
 
 LAUNCH_US = 2.0
+ROW_BYTES_PER_CLOCK = 32
+"""Half of what a processor can take from the second-level cache."""
 LANES = 128
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-REGISTER_FILE = 65536
 MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 
 WEIGHT_LOAD_BYTES = 16
@@ -51,6 +53,10 @@ class GpuModel:
     clock_ghz: float
     bandwidth_gb_s: float
     tensor_tflops: float
+
+    def row_us(self, row_bytes: float) -> float:
+        """A launch whose programs read and write `row_bytes` each."""
+        return LAUNCH_US + row_bytes / (ROW_BYTES_PER_CLOCK * self.clock_ghz * 1e3)
 
     def instructions_per_weight(self, bits_per_weight: float) -> float:
         """Lane instructions that the GPU can issue in the time in which a weight's bits arrive."""
@@ -129,6 +135,8 @@ def faults(row: KernelReport) -> list[str]:
     name = f"{row.kernel} on {row.gpu} (sm_{row.arch})"
     if row.spills:
         found.append(f"{name}: {row.spills} bytes a thread do not fit its {row.registers} registers")
+    if row.occupancy == 0:
+        found.append(f"{name}: one program's {row.registers} registers a thread are more than a processor has")
     if row.shared_bytes > row.shared_limit:
         found.append(f"{name}: {row.shared_bytes} bytes of shared memory; {row.shared_limit} are there")
     if row.weight_load_bytes is not None and row.weight_load_bytes < WEIGHT_LOAD_BYTES:
@@ -160,12 +168,13 @@ def predicted(
     conversions: int = 0,
     per_weight: float | None = None,
     budget: float | None = None,
+    row_bytes: float = 0.0,
 ) -> KernelReport:
     """The row of a compiled kernel whose launch moves `moved` bytes, issues `instructions` of a lane and multiplies
-    `products` pairs."""
+    `products` pairs; `row_bytes` where a program moves so many by itself."""
     rate = LANES * gpu.processors * gpu.clock_ghz * 1e3
     times = (moved / (gpu.bandwidth_gb_s * 1e3), instructions / rate, 2 * products / (gpu.tensor_tflops * 1e6))
-    time_us = max(times) + LAUNCH_US
+    time_us = max(max(times) + LAUNCH_US, gpu.row_us(row_bytes))
     # Registers are handed out to a warp in units of 256; a kilobyte of shared memory is the system's.
     by_registers = REGISTER_FILE // (-(-made.registers * 32 // 256) * 256 * warps)
     by_shared = (SHARED_LIMIT[gpu.arch] + 1024) // (made.shared_bytes + 1024)

@@ -27,7 +27,7 @@ KEYS = 4096
 PREFILL = 512
 
 
-def _compiled(
+def compiled_report(
     name: str,
     kernel: Any,
     gpu: GpuModel,
@@ -38,8 +38,10 @@ def _compiled(
     warps: int,
     stages: int = 3,
     products: float = 0.0,
+    row_bytes: float = 0.0,
     multiples_of_16: tuple[str, ...] = (),
 ) -> KernelReport:
+    """Compile `kernel` for `gpu` and predict a launch that moves `moved` bytes."""
     made = compile_kernel(
         kernel,
         types=types,
@@ -49,7 +51,7 @@ def _compiled(
         stages=stages,
         multiples_of_16=multiples_of_16,
     )
-    return predicted(name, gpu, made, warps=warps, moved=moved, minimum=moved, products=products)
+    return predicted(name, gpu, made, warps=warps, moved=moved, minimum=moved, products=products, row_bytes=row_bytes)
 
 
 def _attention(gpu: GpuModel, name: str, *, tokens: int, cache: str) -> KernelReport:
@@ -59,7 +61,7 @@ def _attention(gpu: GpuModel, name: str, *, tokens: int, cache: str) -> KernelRe
     integers = ("HEADS", "KV_HEADS", "GROUP", "TABLE_STRIDE", "BLOCK_SIZE", "SPLITS", "SPLIT_KEYS", "D")
     keys = 2 * KV_HEADS * D * KEYS * cache_bytes
     results = tokens * HEADS * (D + 1) * 4 * (-(-KEYS // SPLIT_KEYS) if partial else 1)
-    return _compiled(
+    return compiled_report(
         name,
         attention_kernel,
         gpu,
@@ -104,7 +106,7 @@ def prefill_attention(gpu: GpuModel) -> KernelReport:
 
 def merge(gpu: GpuModel) -> KernelReport:
     splits = -(-KEYS // SPLIT_KEYS)
-    return _compiled(
+    return compiled_report(
         "attention merge",
         merge_kernel,
         gpu,
@@ -118,7 +120,7 @@ def merge(gpu: GpuModel) -> KernelReport:
 
 def norm(gpu: GpuModel) -> KernelReport:
     pointers = dict.fromkeys(("x", "residual", "weight", "y", "total"), "*fp32")
-    return _compiled(
+    return compiled_report(
         "add_rms_norm",
         norm_kernel,
         gpu,
@@ -131,7 +133,7 @@ def norm(gpu: GpuModel) -> KernelReport:
 
 
 def silu(gpu: GpuModel) -> KernelReport:
-    return _compiled(
+    return compiled_report(
         "silu_mul",
         silu_mul_kernel,
         gpu,
@@ -145,7 +147,7 @@ def silu(gpu: GpuModel) -> KernelReport:
 
 def rope(gpu: GpuModel) -> KernelReport:
     heads = HEADS + 2 * KV_HEADS
-    return _compiled(
+    return compiled_report(
         "rope_kv_write",
         rope_kv_write_kernel,
         gpu,
@@ -158,9 +160,18 @@ def rope(gpu: GpuModel) -> KernelReport:
             "v_cache": "*fp16",
             "slots": "*i64",
             "q": "*fp32",
-            **dict.fromkeys(("HEADS", "KV_HEADS", "BLOCK_SIZE", "HALF", "D"), "i32"),
+            **dict.fromkeys(("T", "HEADS", "KV_HEADS", "BLOCK_SIZE", "HALF", "D"), "i32"),
         },
-        constants={"BLOCK_D": D},
+        constants={
+            **dict.fromkeys(("sums", "factors", "scales", "zeros", "bias")),
+            "SPLITS": 1,
+            "PARTIAL": False,
+            "PER_CHANNEL": False,
+            "ZERO_BASE": 0.0,
+            "ZERO_STEP": 1.0,
+            "BIAS": False,
+            "BLOCK_D": D,
+        },
         moved=heads * D * 4 + HEADS * D * 4 + 2 * KV_HEADS * D * 2,
         warps=1,
         multiples_of_16=("BLOCK_SIZE", "HALF", "D"),
@@ -168,7 +179,7 @@ def rope(gpu: GpuModel) -> KernelReport:
 
 
 def embedding(gpu: GpuModel) -> KernelReport:
-    return _compiled(
+    return compiled_report(
         "embedding int8-g64",
         embedding_kernel,
         gpu,
@@ -188,7 +199,7 @@ def embedding(gpu: GpuModel) -> KernelReport:
 
 
 def argmax_blocks(gpu: GpuModel) -> KernelReport:
-    return _compiled(
+    return compiled_report(
         "argmax of blocks",
         block_argmax_kernel,
         gpu,
@@ -202,7 +213,7 @@ def argmax_blocks(gpu: GpuModel) -> KernelReport:
 
 def argmax_row(gpu: GpuModel) -> KernelReport:
     blocks = -(-VOCAB // ARGMAX_BLOCK)
-    return _compiled(
+    return compiled_report(
         "argmax of a row",
         row_argmax_kernel,
         gpu,

@@ -17,6 +17,30 @@ import triton.language as tl
 
 
 @triton.jit
+def exponent_for(largest):
+    """e_m of a row whose largest magnitude is `largest`."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    return tl.minimum(tl.maximum(exponent - 127 - 14, -100), 100)
+
+
+@triton.jit
+def power_of_two(e):
+    return ((127 + e) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def plane_shifts(at, BITS: tl.constexpr):
+    """The power of two by which the activation of column `at` is divided."""
+    if BITS == 8:
+        shift = tl.full(at.shape, 1.0, tl.float32)
+    elif BITS == 3:
+        shift = tl.where((at % 256) // 16 % 5 % 2 == 1, 8.0, 1.0)
+    else:
+        shift = tl.where(at // 16 % 2 == 1, 1.0 * (1 << BITS), 1.0)
+    return shift
+
+
+@triton.jit
 def prepare_kernel(
     x, half, sums, factors, M, MP, K, KP, GROUPS, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -31,20 +55,14 @@ def prepare_kernel(
     for start in range(0, K, BLOCK):
         v = tl.load(row + start + k, mask=(start + k < K) & (m < M), other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(v))
-    exponent = (tl.max(largest, 0).to(tl.int32, bitcast=True) >> 23) & 255
-    e = tl.minimum(tl.maximum(exponent - 127 - 14, -100), 100)
-    down = ((127 - e) << 23).to(tl.float32, bitcast=True)
-    tl.store(factors + m, ((127 + e) << 23).to(tl.float32, bitcast=True))
+    e = exponent_for(tl.max(largest, 0))
+    down = power_of_two(-e)
+    tl.store(factors + m, power_of_two(e))
     total = tl.zeros((1,), tl.float32)
     for start in range(0, KP, BLOCK):
         at = start + k
         v = tl.load(row + at, mask=(at < K) & (m < M), other=0.0).to(tl.float32) * down
-        if BITS == 8:
-            shift = tl.full((BLOCK,), 1.0, tl.float32)
-        elif BITS == 3:
-            shift = tl.where((at % 256) // 16 % 5 % 2 == 1, 8.0, 1.0)
-        else:
-            shift = tl.where(at // 16 % 2 == 1, 1.0 * (1 << BITS), 1.0)
+        shift = plane_shifts(at, BITS)
         # 16-bit rounding first: the quotient by the plane's shift is then exact for all but the tiniest values.
         h = (v.to(tl.float16).to(tl.float32) / shift).to(tl.float16)
         tl.store(half + m.to(tl.int64) * KP + at, h, mask=at < KP)
@@ -57,3 +75,25 @@ def prepare_kernel(
             tl.store(sums + g * MP + m, per_group, mask=g < GROUPS)
     if GROUP == 0:
         tl.store(sums + m + tl.arange(0, 1), total)
+
+
+@triton.jit
+def store_prepared(
+    v, m, half, sums, factors, MP, KP, GROUPS, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What prepare_kernel stores of a row, for one that is in registers already: v [BLOCK] float32, zero from K on.
+
+    BLOCK is a multiple of 256 and at least KP.
+    """
+    at = tl.arange(0, BLOCK)
+    e = exponent_for(tl.max(tl.abs(v), 0))
+    tl.store(factors + m, power_of_two(e))
+    shift = plane_shifts(at, BITS)
+    h = ((v * power_of_two(-e)).to(tl.float16).to(tl.float32) / shift).to(tl.float16)
+    tl.store(half + m.to(tl.int64) * KP + at, h, mask=at < KP)
+    back = h.to(tl.float32) * shift
+    if GROUP == 0:
+        tl.store(sums + m, tl.sum(back, 0))
+    else:
+        g = tl.arange(0, BLOCK // GROUP)
+        tl.store(sums + g * MP + m, tl.sum(tl.reshape(back, (BLOCK // GROUP, GROUP)), 1), mask=g < GROUPS)

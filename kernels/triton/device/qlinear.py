@@ -181,8 +181,48 @@ def qlinear_kernel(
 
 
 @triton.jit
+def finished(
+    runs,
+    sums,
+    factors,
+    scales,
+    zeros,
+    bias,
+    m,
+    n,
+    inside,
+    M,
+    N,
+    SPLITS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    ZERO_BASE: tl.constexpr,
+    ZERO_STEP: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Columns n of row m of a product, float32: read from y [M, N], or with PARTIAL made of runs [SPLITS, M, N],
+    added in ascending order and ended as qlinear_kernel ends. Zero outside `inside`."""
+    # The long part of an address is one number for all columns: a 64-bit one for each would fill the registers.
+    row = runs + m.to(tl.int64) * N
+    if PARTIAL:
+        total = tl.zeros(n.shape, tl.float32)
+        for split in tl.static_range(SPLITS):
+            total += tl.load(row + tl.cast(split, tl.int64) * M * N + n, mask=inside, other=0.0)
+        if PER_CHANNEL:
+            scale = tl.load(scales + n, mask=inside, other=0.0).to(tl.float32)
+            zero = tl.load(zeros + n, mask=inside, other=0.0).to(tl.float32) * ZERO_STEP + ZERO_BASE
+            total = total * (scale * 16777216.0) - (scale * zero) * tl.load(sums + m, mask=m < M, other=0.0)
+        total *= tl.load(factors + m, mask=m < M, other=0.0)
+        if BIAS:
+            total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+        return tl.where(inside, total, 0.0)
+    else:
+        return tl.load(row + n, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def reduce_kernel(
-    partial,
+    runs,
     sums,
     factors,
     scales,
@@ -200,21 +240,15 @@ def reduce_kernel(
     RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """partial [SPLITS, M, N] -> y [M, N]: the sum in ascending order, then what qlinear_kernel does at its end."""
+    """runs [SPLITS, M, N] -> y [M, N]; programs (blocks of N, M)."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = tl.program_id(1)
     inside = n < N
+    total = finished(
+        runs, sums, factors, scales, zeros, bias, m, n, inside, M, N,
+        SPLITS, True, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
+    )  # fmt: skip
     at = m.to(tl.int64) * N + n
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partial + tl.cast(split, tl.int64) * M * N + at, mask=inside, other=0.0)
-    if PER_CHANNEL:
-        scale = tl.load(scales + n, mask=inside, other=0.0).to(tl.float32)
-        zero = tl.load(zeros + n, mask=inside, other=0.0).to(tl.float32) * ZERO_STEP + ZERO_BASE
-        total = total * (scale * 16777216.0) - (scale * zero) * tl.load(sums + m)
-    total *= tl.load(factors + m)
-    if BIAS:
-        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)

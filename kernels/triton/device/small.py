@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dibit.kernels.triton.device.qlinear import finished
+
 
 @triton.jit
 def norm_kernel(x, residual, weight, y, total, eps, K, ADD: tl.constexpr, BLOCK: tl.constexpr):
@@ -40,19 +42,54 @@ def silu_mul_kernel(gate_up, y, COLUMNS, BLOCK: tl.constexpr):
 
 @triton.jit
 def rope_kv_write_kernel(
-    qkv, positions, cos, sin, k_cache, v_cache, slots, q, HEADS, KV_HEADS, BLOCK_SIZE, HALF, D, BLOCK_D: tl.constexpr
+    qkv,
+    sums,
+    factors,
+    scales,
+    zeros,
+    bias,
+    positions,
+    cos,
+    sin,
+    k_cache,
+    v_cache,
+    slots,
+    q,
+    T,
+    HEADS,
+    KV_HEADS,
+    BLOCK_SIZE,
+    HALF,
+    D,
+    SPLITS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    ZERO_BASE: tl.constexpr,
+    ZERO_STEP: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """One head of one token; programs (H + 2 KH, T). Rotates q to `q` and k to the cache, copies v to the cache."""
+    """One head of one token; programs (H + 2 KH, T). Rotates q to `q` and k to the cache, copies v to the cache.
+
+    qkv [T, (H + 2 KH) D], or with PARTIAL the runs of that product (`finished` in device/qlinear.py).
+    """
     head = tl.program_id(0)
-    t = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(1)
+    t = m.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
-    source = qkv + (t * (HEADS + 2 * KV_HEADS) + head) * D
-    x = tl.load(source + d, mask=inside, other=0.0).to(tl.float32)
+    width = (HEADS + 2 * KV_HEADS) * D
+    x = finished(
+        qkv, sums, factors, scales, zeros, bias, m, head * D + d, inside, T, width,
+        SPLITS, PARTIAL, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
+    )  # fmt: skip
     # The other element of the pair, and its angle: j with j + HALF, for the first 2 * HALF columns.
     low = d < HALF
     rotated = d < 2 * HALF
-    partner = tl.load(source + tl.where(low, d + HALF, d - HALF), mask=rotated, other=0.0).to(tl.float32)
+    partner = finished(
+        qkv, sums, factors, scales, zeros, bias, m, head * D + tl.where(low, d + HALF, d - HALF), rotated, T, width,
+        SPLITS, PARTIAL, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
+    )  # fmt: skip
     angle = tl.load(positions + t) * HALF + tl.where(low, d, d - HALF)
     c = tl.load(cos + angle, mask=rotated, other=1.0)
     s = tl.load(sin + angle, mask=rotated, other=0.0)
