@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import array
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass
 
@@ -292,3 +294,15 @@ def test_threads_may_be_sent_away_right_after_an_op(isas: tuple[str, ...]) -> No
         native.set_threads(2 + count % 3)
         assert torch.equal(qlinear(x, w), expected)
         native.set_threads(1)
+
+
+def test_recording_does_not_import_the_compiler() -> None:
+    program = (
+        "import sys, torch; from dibit.kernels.tape import Workspace, empty, record\n"
+        "with record(Workspace(4)) as recording:\n"
+        "    empty(2, 3); torch.ones(2).add(1)\n"
+        "print('torch._dynamo' in sys.modules, recording.refusal)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.split(maxsplit=1)[0] == "False"
+    assert "cannot be recorded" in ended.stdout
