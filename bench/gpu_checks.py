@@ -20,7 +20,7 @@ from dibit.kernels.embedding import embedding_reference
 from dibit.kernels.formats import BITS, PER_CHANNEL, Format, QTensor, dequantize, zero_points
 from dibit.kernels.norm import add_rms_norm_reference
 from dibit.kernels.rope import rope_kv_write_reference
-from dibit.kernels.triton import attention, qlinear, small
+from dibit.kernels.triton import attention, fused, qlinear, small
 from dibit.kernels.triton.layout import pack
 
 
@@ -52,6 +52,7 @@ def run_checks(device: torch.device, *, tokens: tuple[int, ...] = (1, 3, 8, 17, 
     yield _attempt("paged attention, decoding", lambda: _attention([700, 33, 1], [1, 1, 1], device))
     yield _attempt("paged attention, chunks", lambda: _attention([90, 70, 40], [90, 6, 1], device))
     yield _attempt("norm, silu, rope, embedding, argmax", lambda: _small(device))
+    yield _attempt("fused ops between products", lambda: _fused(device))
 
 
 def _attempt(name: str, check: Callable[[], str]) -> Check:
@@ -134,3 +135,26 @@ def _small(device: torch.device) -> str:
     if small.argmax(scores)[0].tolist() != argmax_reference(scores)[0].tolist():
         raise AssertionError("argmax names another place than torch")
     return f"error {worst:.2f} of the bounds"
+
+
+def _fused(device: torch.device) -> str:
+    """An MLP and the norm after it, against the single ops."""
+    gate_up, down = (pack(random_weight(n, k, Format(4, 64), device)) for n, k in ((384, 512), (512, 192)))
+    x, residual, norm = (
+        torch.randn(3, 512, device=device),
+        torch.randn(3, 512, device=device),
+        torch.rand(512).to(device),
+    )
+    stream = residual.clone()
+    h, stream = small.add_rms_norm(x, stream, norm, 1e-5)
+    y = qlinear.qlinear(small.silu_mul(qlinear.qlinear(h, gate_up)), down)
+    h, stream = small.add_rms_norm(y, stream, norm, 1e-5)
+    want = qlinear.qlinear(h, gate_up)
+    prepared = fused.norm_prepared(x, residual, norm, 1e-5, gate_up)
+    runs = fused.product(fused.silu_prepared(fused.product(prepared, gate_up, None), down), down, None)
+    prepared = fused.norm_prepared(runs, residual, norm, 1e-5, gate_up)
+    found = fused.finished(fused.product(prepared, gate_up, None))
+    # An activation may round to the neighbouring float16 in three places.
+    worst = _within(found, want, 2.0**-8 * float(want.abs().max()))
+    worst = max(worst, _within(residual, stream, 2.0**-8 * float(stream.abs().max())))
+    return f"error {worst:.2f} of the bound"

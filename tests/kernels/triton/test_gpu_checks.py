@@ -16,7 +16,7 @@ def test_sound_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "_attention", lambda lengths, tokens, device: "left to its own tests")
     checks = list(run_checks(torch.device("cpu")))
     assert [check.detail for check in checks if not check.passed] == []
-    assert len(checks) == 3
+    assert len(checks) == 4
 
 
 def test_a_wrong_product_and_a_kernel_that_raises_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
