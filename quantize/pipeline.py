@@ -46,6 +46,7 @@ from dibit.quantize.methods.efficientqat import EfficientQAT
 from dibit.quantize.plan import Plan, bits_per_weight, on_zero_grid
 from dibit.quantize.report import QuantizeReport, StageClock, peak_rss_bytes
 from dibit.quantize.report_html import write_html
+from dibit.quantize.rotate_residual import RotatedCheckpoint
 from dibit.quantize.stats import Method
 from dibit.quantize.streams import StreamConfig
 from dibit.quantize.two_phases import in_two_phases
@@ -66,6 +67,7 @@ def quantize_checkpoint(
     symmetric: bool = False,
     zero_grid: ZeroGrid = "integer",
     activation_bits: int | None = None,
+    rotate_residual: bool = False,
     calibration: Path | None = None,
     samples: int = 128,
     sequence_length: int = 512,
@@ -90,6 +92,7 @@ def quantize_checkpoint(
                  a checkpoint that only dibit reads
     activation_bits  4, 6 or 8: the served model rounds the inputs of its quantized linears too, a token at a time, and
                  methods that see text take that into account; None: weights only
+    rotate_residual  turn the residual stream by a random rotation first (rotate_residual.py); the head is then untied
     calibration  plain UTF-8 text of which `samples` pieces of `sequence_length` tokens are drawn; needed by every
                  method but rtn, and by some kinds of importance
     progress     called with (finished blocks, blocks, note)
@@ -115,6 +118,7 @@ def quantize_checkpoint(
         )
     if calibration is not None and not chosen.needs and not looks:
         raise ConfigError(f"method {_name(chosen)} does not look at any text; leave the calibration out")
+    rotated = {"rotate_residual": True} if rotate_residual else {}
     if isinstance(chosen, EfficientQAT) and calibration is not None:
         asked = {
             "model": [model, revision],
@@ -122,6 +126,7 @@ def quantize_checkpoint(
             "group_size": group_size,
             "zero_grid": zero_grid,
             "activation_bits": activation_bits,
+            **rotated,
             "plan": None if plan is None else dataclasses.asdict(plan),
             "calibration": [calibration.absolute(), samples, sequence_length, seed],
         }
@@ -132,6 +137,7 @@ def quantize_checkpoint(
             group_size=group_size,
             zero_grid=zero_grid,
             activation_bits=activation_bits,
+            rotate_residual=rotate_residual,
             calibration=calibration,
             samples=samples,
             sequence_length=sequence_length,
@@ -159,7 +165,8 @@ def quantize_checkpoint(
         )
     check_out(Path(out), overwrite=overwrite)
     text = None if calibration is None else Calibration(calibration, samples, sequence_length, seed)
-    with closing(open_checkpoint(resolve_model(model, revision=revision))) as checkpoint:
+    with closing(open_checkpoint(resolve_model(model, revision=revision))) as source:
+        checkpoint = RotatedCheckpoint(source, seed=seed) if rotate_residual else source
         task = _task(
             checkpoint,
             chosen,
@@ -175,7 +182,7 @@ def quantize_checkpoint(
         )
         if save_plan is not None:
             _save(task.plan, save_plan)
-        settings = _settings(task, text)
+        settings = {**_settings(task, text), **rotated}
         clock.end("input" if task.allocation is None else "input and importance")
         export = export_for(task.formats.values())
         with closing(CheckpointWriter(Path(out), checkpoint, export=export, overwrite=overwrite)) as writer:
@@ -195,7 +202,7 @@ def quantize_checkpoint(
                 source=str(checkpoint.path),
                 out=str(out),
                 method=task.name,
-                options=settings["options"],
+                options={**settings["options"], **rotated},
                 plan=settings["plan"],
                 allocation=settings["allocation"],
                 bits_per_weight=bits_per_weight([site for block in task.blocks for site in block], task.formats),
@@ -217,7 +224,7 @@ def quantize_checkpoint(
             write_html(report, writer.directory)
             writer.finish(
                 method=task.name,
-                facts=settings["options"],
+                facts={**settings["options"], **rotated},
                 activation_bits=activation_bits,
                 scratch=[JOURNAL_NAME, FISHER_NAME],
             )

@@ -28,6 +28,12 @@ ActivationBits = Annotated[
     int | None,
     typer.Option(help="4, 6 or 8: serving rounds the inputs of quantized linears too; left out: weights only"),
 ]
+RotateResidual = Annotated[
+    bool,
+    typer.Option(
+        "--rotate-residual", help="turn the residual stream by a random rotation first, merged into all weights"
+    ),
+]
 Text = Annotated[Path | None, typer.Option(help="plain text the method learns from", metavar="FILE")]
 Samples = Annotated[int | None, typer.Option(help="calibration sequences; left out: 128, or those of the recipe")]
 SequenceLength = Annotated[int | None, typer.Option(help="tokens in a calibration sequence; left out: 512")]
