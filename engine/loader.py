@@ -184,7 +184,7 @@ class _Loader:
             self.arch,
             self.sizes,
             embedding=embedding,
-            blocks=blocks,
+            blocks=self._fused_ops(blocks),
             final_norm=self._norm(f"{self.arch.final_norm}.weight"),
             head=head,
             ops=self.ops,
@@ -233,6 +233,14 @@ class _Loader:
         attn_norm, mlp_norm = (self._norm(name) for name in norm_names(self.arch, layer))
         linears = {site.key: self._site(site) for site in sites(self.arch, self.sizes, layer)}
         return Block(self.sizes, linears=linears, attn_norm=attn_norm, mlp_norm=mlp_norm, ops=self.ops)
+
+    def _fused_ops(self, blocks: list[Block]) -> list[Block]:
+        """On the triton backend, blocks with as few launches as their weights allow."""
+        if resolve("add_rms_norm", device=self.device.type, backend=self.config.backend).backend != "triton":
+            return blocks
+        from dibit.engine.models.fused_block import fuse
+
+        return fuse(blocks)
 
     def _site(self, site: LinearSite) -> Linear:
         """Neighbouring parts of one format become one weight; a site of several formats, several side by side."""

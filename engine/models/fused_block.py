@@ -1,0 +1,95 @@
+"""A block on the Triton kernels that do what stands between two products in one launch (kernels/triton/fused.py).
+
+It computes what Block.paged computes. Whether a block is fused depends on its weights alone, never on the step, so that
+a token's bits do not depend on its company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dibit.engine.batch import Batch
+from dibit.engine.models.decoder import Block, PackedLinear
+from dibit.kernels.triton import fused
+from dibit.kernels.triton.attention import attend
+from dibit.kernels.triton.layout import TritonQWeight
+
+
+class FusedBlock(Block):
+    """`owes`: the next block is fused too, and takes this one's last product as it is."""
+
+    def __init__(self, block: Block, *, owes: bool) -> None:
+        super().__init__(
+            block.sizes,
+            linears=block.linears,
+            attn_norm=block.attn_norm,
+            mlp_norm=block.mlp_norm,
+            ops=block.ops,
+        )
+        self.owes = owes
+
+    def paged(
+        self,
+        x: Any,
+        residual: Tensor | None,
+        batch: Batch,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        rows: Tensor | None = None,
+    ) -> tuple[Any, Tensor]:
+        """As Block.paged; x is [T, hidden] float32, or the Runs of the fused block before, and so is what returns."""
+        eps = self.sizes.norm_eps
+        (qkv, qkv_bias), (o, o_bias), (gate_up, gate_up_bias), (down, down_bias) = map(
+            self._weight, ("qkv", "o", "gate_up", "down")
+        )
+        h = fused.norm_prepared(x, residual, self.attn_norm, eps, qkv)
+        residual = x if residual is None else residual
+        q = fused.rope_kv_write_of(
+            fused.product(h, qkv, qkv_bias),
+            batch.positions,
+            cos,
+            sin,
+            k_cache,
+            v_cache,
+            batch.slots,
+            self.sizes.heads,
+        )
+        attended = attend(q, k_cache, v_cache, batch.cu_seqlens, batch.seq_lens, batch.block_tables, self.scale)
+        if rows is not None:
+            attended, residual = attended.rows(rows), residual[rows]
+        h = fused.norm_prepared(
+            fused.product(fused.attended_prepared(attended, o), o, o_bias), residual, self.mlp_norm, eps, gate_up
+        )
+        h = fused.silu_prepared(fused.product(h, gate_up, gate_up_bias), down)
+        runs = fused.product(h, down, down_bias)
+        return runs if self.owes else fused.finished(runs), residual
+
+    def _weight(self, site: str) -> tuple[TritonQWeight, Tensor | None]:
+        linear = self.linears[site]
+        assert isinstance(linear, PackedLinear)
+        return linear.weight, linear.bias
+
+
+def fuse(blocks: Sequence[Block]) -> list[Block]:
+    """The same blocks, fused where they can be."""
+    able = [_fusible(block) for block in blocks]
+    return [
+        FusedBlock(block, owes=following) if this else block
+        for block, this, following in zip(blocks, able, [*able[1:], False], strict=True)
+    ]
+
+
+def _fusible(block: Block) -> bool:
+    """Whether every product is one packed weight of floating activations, with rows that fit a program."""
+    return all(
+        isinstance(linear, PackedLinear)
+        and isinstance(linear.weight, TritonQWeight)
+        and linear.activation_bits is None
+        and fused.row_block(linear.weight) <= fused.MAX_COLUMNS
+        for linear in block.linears.values()
+    )
