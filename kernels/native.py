@@ -101,7 +101,7 @@ def set_recorder(recorder: Recorder | None) -> None:
 
 
 def isa() -> str:
-    """Instruction set in use: "portable", "avx2" or "avx512" (512-bit bodies in attention, AVX-512 VNNI in qlinear, avx2 elsewhere)."""
+    """Instruction set in use: "portable", "avx2" or "avx512" (512 bits in attention, VNNI in qlinear, else avx2)."""
     name: bytes = library().dibit_isa()
     return name.decode()
 

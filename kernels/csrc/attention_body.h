@@ -212,6 +212,12 @@ template <Real kReal>
 DIBIT_INLINE void widen_rows(float* out, const void* rows, int64_t count, int d, int width) {
   constexpr int64_t kBytes = kReal == Real::f32 ? 4 : 2;
   const int whole = d / kLanes * kLanes;
+#ifdef DIBIT_VEC_AVX512
+  if (width == d && width % 16 == 0) {
+    for (int64_t i = 0; i < count * d; i += 16) store(out + i, load_sixteen<kReal>(rows, i));
+    return;
+  }
+#endif
   for (int64_t r = 0; r < count; ++r) {
     const char* row = static_cast<const char*>(rows) + r * d * kBytes;
     for (int i = 0; i < whole; i += kLanes) store(out + r * width + i, load_real<kReal>(row, i));

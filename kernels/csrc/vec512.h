@@ -1,7 +1,7 @@
 // Sixteen floats at a time: vec.h's operations on a 512-bit register, same names and same meaning lane by lane.
 //
-// Part of vec.h for the unit that defines DIBIT_VEC_AVX512 beside DIBIT_VEC_AVX2. A kernel whose lanes are independent of
-// each other gives the same bits on sixteen lanes as on eight.
+// Part of vec.h for the unit that defines DIBIT_VEC_AVX512 beside DIBIT_VEC_AVX2. A kernel whose lanes are independent
+// of each other gives the same bits on sixteen lanes as on eight.
 #pragma once
 
 namespace dibit {
