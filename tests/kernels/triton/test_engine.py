@@ -19,6 +19,7 @@ from dibit.engine.config import EngineConfig
 from dibit.engine.loader import load_decoder
 from dibit.engine.memory_plan import plan_memory
 from dibit.engine.models import resolve_arch
+from dibit.engine.models.fused_block import FusedBlock
 from dibit.engine.models.spec import norm_names, sites
 from dibit.kernels.formats import PER_CHANNEL, Format
 
@@ -41,6 +42,7 @@ def test_prefill_chunks_and_decoding() -> None:
     found = []
     for backend in ("triton", "reference"):
         model = paged(weights, backend)
+        assert all(isinstance(block, FusedBlock) == (backend == "triton") for block in model.decoder.blocks)
         first, second = model.request(ids), model.request(ids[:2])
         found.append(
             torch.cat(
