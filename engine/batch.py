@@ -49,10 +49,11 @@ def build_batch(
     seq_lens: list[int] = []
     tables: list[list[int]] = []
     for chunk in step.chunks:
-        start, stop = chunk.start, chunk.start + chunk.count
+        start, stop = chunk.start, chunk.stop + len(chunk.drafts)
         blocks = chunk.request.block_ids[: -(-stop // block_size)]
-        tokens += chunk.request.token_ids[start:stop]
-        if chunk.count == 1:
+        tokens += chunk.request.token_ids[start : chunk.stop]
+        tokens += chunk.drafts
+        if stop - start == 1:
             positions.append(start)
             slots.append(blocks[-1] * block_size + start % block_size)
         else:

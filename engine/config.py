@@ -13,6 +13,7 @@ from dibit.engine.errors import ConfigError, RequestError
 Device = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "cpu", "triton", "reference"]
 GPTQZero = Literal["auto", "v1", "v2"]
+Speculative = Literal["off", "ngram"]
 KVType = Literal["auto", "float32", "float16", "bfloat16"]
 
 MAX_LOGPROBS = 20
@@ -42,6 +43,11 @@ class EngineConfig:
     threads           compute threads (None: every core this process may use)
     prefix_cache      reuse the KV blocks of a shared prompt prefix
     tape              replay decode steps as recorded lists of native calls, where every op of the model is native
+    speculative       guess tokens ahead and verify several in one step, where measured to pay: "ngram" proposes what
+                      followed the last tokens earlier in the same text; tokens are those of "off"
+    num_speculative_tokens  most tokens guessed ahead of a sequence in one step
+    prompt_lookup_max  longest run of last tokens that is looked for
+    prompt_lookup_min  shortest run of last tokens that is looked for
     numa              on a machine of several NUMA nodes: "interleave" spreads memory over all of them, "node N" keeps
                       memory and threads on one
     cache             keep packed weights on disk and map them on the next start (CPU)
@@ -64,12 +70,23 @@ class EngineConfig:
     threads: int | None = None
     prefix_cache: bool = True
     tape: bool = True
+    speculative: Speculative = "off"
+    num_speculative_tokens: int = 5
+    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 2
     numa: str = "off"
     cache: bool = True
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_batch_tokens", "max_queued", "block_size"):
+        for name in (
+            "max_num_seqs",
+            "max_batch_tokens",
+            "max_queued",
+            "block_size",
+            "num_speculative_tokens",
+            "prompt_lookup_min",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("max_model_len", "kv_bytes", "threads"):
@@ -83,6 +100,11 @@ class EngineConfig:
             )
         if self.max_itl_ratio != 0 and not 1 < self.max_itl_ratio < math.inf:
             raise ConfigError(f"max_itl_ratio is {self.max_itl_ratio}; it must be more than 1, or 0 for no bound")
+        if self.prompt_lookup_max < self.prompt_lookup_min:
+            raise ConfigError(
+                f"prompt_lookup_max ({self.prompt_lookup_max}) is smaller than prompt_lookup_min "
+                f"({self.prompt_lookup_min}); raise the first or lower the second"
+            )
         if not 0 < self.kv_memory_share <= 0.95:
             raise ConfigError(f"kv_memory_share is {self.kv_memory_share}; it must lie in (0, 0.95]")
         numa.parse(self.numa)
@@ -92,6 +114,7 @@ class EngineConfig:
             ("device", ("auto", "cpu", "cuda")),
             ("backend", ("auto", "cpu", "triton", "reference")),
             ("gptq_zero", ("auto", "v1", "v2")),
+            ("speculative", ("off", "ngram")),
             ("kv_type", ("auto", "float32", "float16", "bfloat16")),
         ):
             if getattr(self, name) not in allowed:

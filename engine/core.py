@@ -168,6 +168,8 @@ class EngineCore:
                 output = self._fail(ticket, _describe(error))
             if output is not None:
                 outputs.append(output)
+            if not advance.request.finished:
+                outputs += self._advance_further(ticket, advance.further)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -189,6 +191,8 @@ class EngineCore:
             aborted=self._ended[FinishReason.ABORT],
             failed=self._ended[FinishReason.ERROR],
             steps=self._steps,
+            drafted=scheduler.num_drafted,
+            accepted=scheduler.num_accepted,
         )
 
     def _advance(
@@ -214,19 +218,36 @@ class EngineCore:
             return self._end(ticket, FinishReason.LENGTH, prompt_logprobs=scored)
         if advance.sampled is None:
             return None
+        return self._say(ticket, advance.sampled, scored)
+
+    def _advance_further(self, ticket: Ticket, further: tuple[Sampled, ...]) -> list[RequestOutput]:
+        """Books the tokens that came of drafts, up to the one that ends the request."""
+        outputs: list[RequestOutput] = []
+        for sampled in further:
+            self.scheduler.accept(ticket.request, sampled)
+            try:
+                outputs.append(self._say(ticket, sampled))
+            except Exception as error:
+                logger.exception("request %s failed while its text was made", ticket.request.id)
+                outputs.append(self._fail(ticket, _describe(error)))
+            if outputs[-1].finished:
+                return outputs
+        return outputs
+
+    def _say(self, ticket: Ticket, sampled: Sampled, scored: tuple[TokenLogprob, ...] | None = None) -> RequestOutput:
+        """The output of a new token, the last one of its request."""
         self._generation_tokens += 1
-        token = advance.sampled.token_id
-        logprobs = None if params.logprobs is None or advance.sampled.logprob is None else (advance.sampled.logprob,)
-        reason, text = self._check_stop(ticket, token)
+        logprobs = None if sampled.logprob is None else (sampled.logprob,)
+        reason, text = self._check_stop(ticket, sampled.token_id)
+        ids = (sampled.token_id,)
         if reason is None:
-            return self._output(ticket, text=text, token_ids=(token,), logprobs=logprobs, prompt_logprobs=scored)
-        return self._end(ticket, reason, text=text, token_ids=(token,), logprobs=logprobs, prompt_logprobs=scored)
+            return self._output(ticket, text=text, token_ids=ids, logprobs=logprobs, prompt_logprobs=scored)
+        return self._end(ticket, reason, text=text, token_ids=ids, logprobs=logprobs, prompt_logprobs=scored)
 
     def _check_stop(self, ticket: Ticket, token: int) -> tuple[FinishReason | None, str]:
         """Whether a request ends with its new token, and the text that became certain."""
         request, params = ticket.request, ticket.request.params
-        may_stop = request.num_output >= params.min_tokens
-        if may_stop and (token in request.eos_ids or token in params.stop_token_ids):
+        if request.num_output >= params.min_tokens and (token in request.eos_ids or token in params.stop_token_ids):
             request.stop_reason = token if token in params.stop_token_ids else None
             return FinishReason.STOP, ticket.detokenizer.flush()
         text = ticket.detokenizer.push(token)
@@ -253,6 +274,7 @@ class EngineCore:
         sampled: dict[str, Sampled] = {}
         prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = {}
         failed: dict[str, str] = {}
+        further: dict[str, tuple[Sampled, ...]] = {}
         raised: dict[str, BaseException] = {}
         parts: list[tuple[Chunk, ...]] = [step.chunks]
         while parts:
@@ -276,6 +298,7 @@ class EngineCore:
                 sampled.update(result.sampled)
                 prompt_logprobs.update(result.prompt_logprobs)
                 failed.update(result.failed)
+                further.update(result.further)
                 for chunk in chunks:
                     request_id = chunk.request.id
                     if chunk.samples and request_id not in result.sampled and request_id not in result.failed:
@@ -286,7 +309,7 @@ class EngineCore:
             self._total_failures += 1
             if self._total_failures >= TOTAL_FAILURES_BEFORE_PROBE:
                 self._probe(step.chunks[0], raised[step.chunks[0].request.id])
-        return StepResult(sampled, prompt_logprobs, failed)
+        return StepResult(sampled, prompt_logprobs, failed, further)
 
     def _probe(self, failed: Chunk, cause: BaseException) -> None:
         """Tells bad requests from a broken runner: EngineDead(cause) unless it computes a token of our own.
@@ -311,7 +334,9 @@ class EngineCore:
 
     def _measure(self, step: Step, elapsed_s: float) -> None:
         decodes = sum(chunk.request.decodes for chunk in step.chunks)
-        self.scheduler.cost.observe(elapsed_s, decodes=decodes, prompt_tokens=step.num_tokens - decodes)
+        drafts = sum(len(chunk.drafts) for chunk in step.chunks)
+        new = step.num_tokens - decodes - drafts
+        self.scheduler.cost.observe(elapsed_s, decodes=decodes, prompt_tokens=new, drafts=drafts)
         prompt = sum(chunk.count for chunk in step.chunks if chunk.count > 1)
         if prompt and elapsed_s > 0:
             rate = prompt / elapsed_s

@@ -105,6 +105,7 @@ class EngineStats:
     prefix_queries, _hits   looked up on entry, and found, in the prefix cache
     prompt_tokens           of requests whose prompt was computed; generation_tokens were sampled
     finished, aborted, failed   requests, by how they ended
+    drafted, accepted       guessed ahead, and of those what the model said
     """
 
     running: int
@@ -124,3 +125,5 @@ class EngineStats:
     aborted: int
     failed: int
     steps: int
+    drafted: int = 0
+    accepted: int = 0

@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass, field
 
 from dibit.engine.config import SamplingParams
+from dibit.engine.speculation import Drafting
 
 
 class Status(enum.Enum):
@@ -66,6 +67,7 @@ class Request:
     block_keys: list[bytes] = field(default_factory=list)
     num_indexed: int = 0
     num_preemptions: int = 0
+    drafting: Drafting = field(default_factory=Drafting)
 
     def __post_init__(self) -> None:
         if not self.token_ids:

@@ -25,6 +25,7 @@ from dibit.engine.models.decoder import Decoder
 from dibit.engine.request import Request, TokenLogprob
 from dibit.engine.sampler import Highest, beside, prompt_logprobs, sample
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
+from dibit.engine.verification import verify
 from dibit.kernels import native
 from dibit.kernels.tape import Tape
 
@@ -35,10 +36,12 @@ WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Which of a step's tokens need logits: `index` holds one per request of `sampling`, then the prompt spans."""
+    """Which of a step's tokens need logits: `index` holds one per request of `sampling`, then those of the chunks
+    with drafts, then the prompt spans."""
 
     index: list[int]
     sampling: list[Request]
+    drafted: list[Chunk]
     spans: list[tuple[Chunk, int]]
 
 
@@ -48,8 +51,8 @@ class ModelRunner:
     free_bytes  memory that the cache may be taken from (None: what is free now, with the weights already held)
 
     taped_steps    steps that were replayed from a tape (the recording of one counts too)
-    untaped        the other steps by what kept them from it: "prefill", "prompt_logprobs", "no_tape", "sequences" (more
-                   than a tape has rows)
+    untaped        the other steps by what kept them from it: "prefill", "drafts", "prompt_logprobs", "no_tape",
+                   "sequences" (more than a tape has rows)
     beside_tape    rows of taped steps whose token was chosen after it, by reason: "penalties", "logprobs"
     scoring_s  seconds spent on logits and log-probabilities of prompts
     listener   is given (request id, place of the first token, logits [n, vocab] of the tokens from there on) of prompts
@@ -148,7 +151,7 @@ class ModelRunner:
     @torch.inference_mode()
     def _compute(self, step: Step) -> StepResult:
         rows = _rows(step)
-        everything = len(rows.index) == step.num_tokens and not rows.spans
+        everything = rows.index == list(range(step.num_tokens))
         batch = build_batch(
             step, block_size=self.block_size, rows=None if everything else rows.index, device=self.decoder.device
         )
@@ -159,12 +162,21 @@ class ModelRunner:
             requests = rows.sampling[start : start + self._rows_per_slice]
             logits = self.decoder.logits(hidden[start : start + len(requests)])
             _sort_out(logits, requests, sampled, failed)
-        scored: dict[str, tuple[TokenLogprob, ...]] = {}
+        further: dict[str, tuple[Sampled, ...]] = {}
         first = len(rows.sampling)
+        for chunk in rows.drafted:
+            count = 1 + len(chunk.drafts)
+            found = verify(self.decoder.logits(hidden[first : first + count]), chunk.request, chunk.drafts)
+            if isinstance(found, Exception):
+                failed[chunk.request.id] = f"{type(found).__name__}: {found}"
+            else:
+                sampled[chunk.request.id], further[chunk.request.id] = found[0], found[1:]
+            first += count
+        scored: dict[str, tuple[TokenLogprob, ...]] = {}
         for chunk, count in rows.spans:
             scored[chunk.request.id] = self._score(chunk, hidden[first : first + count])
             first += count
-        return StepResult(sampled=sampled, prompt_logprobs=scored, failed=failed)
+        return StepResult(sampled=sampled, prompt_logprobs=scored, failed=failed, further=further)
 
     def _score(self, chunk: Chunk, hidden: Tensor) -> tuple[TokenLogprob, ...]:
         """Log-probabilities of the prompt tokens that follow the chunk's own."""
@@ -222,6 +234,8 @@ def _more_than_decoding(chunk: Chunk) -> str | None:
     request = chunk.request
     if chunk.count != 1 or not chunk.samples:
         return "prefill"
+    if chunk.drafts:
+        return "drafts"
     asked = request.params.prompt_logprobs is not None and chunk.stop < request.num_prompt
     return "prompt_logprobs" if asked else None
 
@@ -245,18 +259,24 @@ def _sort_out(
 def _rows(step: Step) -> _Rows:
     index: list[int] = []
     sampling: list[Request] = []
+    drafted: list[Chunk] = []
+    draft_rows: list[int] = []
     spans: list[tuple[Chunk, int]] = []
     span_rows: list[int] = []
     first = 0
     for chunk in step.chunks:
         request = chunk.request
-        if chunk.samples:
-            index.append(first + chunk.count - 1)
+        last = first + chunk.count - 1
+        if chunk.drafts:
+            draft_rows += range(last, last + 1 + len(chunk.drafts))
+            drafted.append(chunk)
+        elif chunk.samples:
+            index.append(last)
             sampling.append(request)
         if request.params.prompt_logprobs is not None:
             count = min(chunk.stop, request.num_prompt - 1) - chunk.start
             if count > 0:
                 spans.append((chunk, count))
                 span_rows += range(first, first + count)
-        first += chunk.count
-    return _Rows(index + span_rows, sampling, spans)
+        first += chunk.count + len(chunk.drafts)
+    return _Rows(index + draft_rows + span_rows, sampling, drafted, spans)

@@ -18,6 +18,7 @@ admits no request that would not fit into the whole pool alone.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -26,20 +27,25 @@ from dataclasses import dataclass
 from dibit.engine.blocks import BlockPool, block_key, root_key
 from dibit.engine.config import EngineConfig
 from dibit.engine.request import FinishReason, Request, Status
+from dibit.engine.speculation import PromptLookup, worthwhile
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
 from dibit.engine.step_cost import StepCost
 
 # Share of the pool that stays free when a request enters beside running ones: room for them to grow.
 RESERVE_SHARE = 0.02
+# One step in this many has no drafts, so that what it takes stays known.
+QUIET_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """What a step did for a request: `chunk` is computed, and `sampled` (if any) appended to its tokens."""
+    """What a step did for a request: `chunk` is computed, and `sampled` (if any) appended to its tokens. `further`
+    tokens came of drafts; they are not appended yet: the caller gives them to `accept` while the request goes on."""
 
     request: Request
     chunk: Chunk
     sampled: Sampled | None
+    further: tuple[Sampled, ...] = ()
 
 
 class Scheduler:
@@ -57,6 +63,13 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0  # tokens looked up, and found, in the prefix cache
         self.prefix_hits = 0
+        self.num_drafted = 0  # tokens, and how many of them were what the model said
+        self.num_accepted = 0
+        self._drafter = (
+            PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max) if config.speculative == "ngram" else None
+        )
+        self._max_drafts = config.num_speculative_tokens
+        self._decode_steps = 0
         self._requests: dict[str, Request] = {}
         self._reserve = math.ceil(RESERVE_SHARE * pool.num_blocks)
 
@@ -137,6 +150,10 @@ class Scheduler:
             chunks.append(Chunk(request, request.num_computed, count))
             budget -= count
             prompt_budget -= count
+        if self._drafter is not None and chunks and all(chunk.request.decodes for chunk in chunks):
+            self._decode_steps += 1
+            if self._decode_steps % QUIET_STEPS:
+                chunks = self._draft(chunks, self._drafter, budget)
         return Step(tuple(chunks))
 
     def commit(self, step: Step, result: StepResult) -> list[Advance]:
@@ -154,8 +171,17 @@ class Scheduler:
             self._index_full_blocks(request)
             if sampled is not None:
                 request.token_ids.append(sampled.token_id)
-            advances.append(Advance(request, chunk, sampled))
+            further = result.further.get(request.id, ())
+            if chunk.drafts:
+                self._book_drafts(chunk, len(further))
+            advances.append(Advance(request, chunk, sampled, further))
         return advances
+
+    def accept(self, request: Request, sampled: Sampled) -> None:
+        """Appends a token that a draft agreed with: what it follows is computed already."""
+        request.num_computed += 1
+        self._index_full_blocks(request)
+        request.token_ids.append(sampled.token_id)
 
     def check(self) -> None:
         """AssertionError unless queue, running list, requests and pool agree."""
@@ -167,6 +193,35 @@ class Scheduler:
             assert request.num_computed <= len(request.block_ids) * self.pool.block_size
             assert request.num_computed < request.num_tokens or request.num_output == 0
         self.pool.check(request.block_ids for request in self._requests.values())
+
+    def _draft(self, chunks: list[Chunk], drafter: PromptLookup, budget: int) -> list[Chunk]:
+        """The chunks of a step that only decodes, with drafts where they pay and there is room for them."""
+        drafted: list[Chunk] = []
+        total = 0
+        for chunk in chunks:
+            request = chunk.request
+            most = min(self._max_drafts, budget - total, request.max_tokens - request.num_output - 1)
+            drafts: tuple[int, ...] = ()
+            if most > 0 and request.params.logprobs is None:
+                drafts = drafter.propose(request.drafting, request.token_ids, most)
+            if drafts:
+                count = worthwhile(request.drafting, self.cost, decodes=len(chunks), drafts=total, most=most)
+                drafts = drafts[:count]
+            if drafts and self._grow(request, chunk.stop + len(drafts)):
+                chunk = dataclasses.replace(chunk, drafts=drafts)
+                total += len(drafts)
+            drafted.append(chunk)
+        return drafted
+
+    def _book_drafts(self, chunk: Chunk, accepted: int) -> None:
+        """Counts a chunk's drafts, and gives back the blocks that only rejected ones needed."""
+        request = chunk.request
+        self.num_drafted += len(chunk.drafts)
+        self.num_accepted += accepted
+        request.drafting.book(drafted=len(chunk.drafts), accepted=accepted)
+        needed = self.pool.blocks_for(chunk.stop + accepted)
+        self.pool.release(request.block_ids[needed:])
+        del request.block_ids[needed:]
 
     def _prompt_budget(self) -> int:
         """Tokens of prompts that the next step may compute beside what decodes."""

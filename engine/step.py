@@ -14,11 +14,13 @@ from dibit.engine.request import Request, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, start + count) of a request, to be computed in this step. Its blocks are already allotted."""
+    """Tokens [start, start + count) of a request, to be computed in this step, and after them `drafts`, tokens that are
+    not the request's (yet). Blocks for all of them are already allotted. Only a chunk that samples has drafts."""
 
     request: Request
     start: int
     count: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -37,7 +39,7 @@ class Step:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
+        return sum(chunk.count + len(chunk.drafts) for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,13 @@ class Sampled:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """By request id: the sampled token of every chunk that samples, and the log-probabilities of the prompt tokens
-    start + 1 .. stop (as far as they are prompt) of every chunk whose request asked for prompt_logprobs."""
+    start + 1 .. stop (as far as they are prompt) of every chunk whose request asked for prompt_logprobs. `further` has
+    the tokens after the sampled one, one for each leading draft that is what was drawn in its place."""
 
     sampled: dict[str, Sampled]
     prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    further: dict[str, tuple[Sampled, ...]] = field(default_factory=dict)
 
 
 class Runner(Protocol):

@@ -7,6 +7,7 @@ between different prefixes or a token that was never computed gives a different 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -129,6 +130,7 @@ class FakeRunner:
             raise RuntimeError(f"cannot compute {sorted(bad)}")
         for chunk in step.chunks:
             self._compute(chunk)
+        further: dict[str, tuple[Sampled, ...]] = {}
         sampled: dict[str, Sampled] = {}
         prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = {}
         failed: dict[str, str] = {}
@@ -142,18 +144,32 @@ class FakeRunner:
                 token = next_token(request, states, reply=self.reply)
                 top = request.params.logprobs
                 sampled[request.id] = Sampled(token, None if top is None else fake_logprob(token, top=top))
+            if chunk.drafts:
+                further[request.id] = self._verify(chunk, sampled[request.id])
             if (top := request.params.prompt_logprobs) is not None:
                 targets = request.prompt_ids[chunk.start + 1 : chunk.stop + 1]
                 prompt_logprobs[request.id] = tuple(fake_logprob(target, top=top) for target in targets)
-        return StepResult(sampled, prompt_logprobs, failed)
+        return StepResult(sampled, prompt_logprobs, failed, further)
+
+    def _verify(self, chunk: Chunk, first: Sampled) -> tuple[Sampled, ...]:
+        ahead = dataclasses.replace(chunk.request, token_ids=list(chunk.request.token_ids))
+        found = [first]
+        for draft in chunk.drafts:
+            if found[-1].token_id != draft:
+                break
+            ahead.token_ids.append(draft)
+            states = [self._read(ahead, position) for position in range(ahead.num_tokens)]
+            found.append(Sampled(next_token(ahead, states, reply=self.reply)))
+        return tuple(found[1:])
 
     def _compute(self, chunk: Chunk) -> None:
         request = chunk.request
-        self.num_computed_tokens += chunk.count
-        for position in range(chunk.start, chunk.stop):
+        self.num_computed_tokens += chunk.count + len(chunk.drafts)
+        tokens = [*request.token_ids[: chunk.stop], *chunk.drafts]
+        for position in range(chunk.start, len(tokens)):
             before = self._read(request, position - 1) if position else 0
             row = self._cache[request.block_ids[position // self.block_size]]
-            row[position % self.block_size] = hash((before, request.token_ids[position]))
+            row[position % self.block_size] = hash((before, tokens[position]))
 
     def _read(self, request: Request, position: int) -> int:
         state = self._cache[request.block_ids[position // self.block_size]][position % self.block_size]
