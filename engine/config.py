@@ -44,7 +44,7 @@ class EngineConfig:
     prefix_cache      reuse the KV blocks of a shared prompt prefix
     tape              replay decode steps as recorded lists of native calls, where every op of the model is native
     speculative       guess tokens ahead and verify several in one step, where measured to pay: "ngram" proposes what
-                      followed the last tokens earlier in the same text; tokens are those of "off"
+                      followed the last tokens earlier in the same text; under low-bit weights tokens are those of "off"
     num_speculative_tokens  most tokens guessed ahead of a sequence in one step
     prompt_lookup_max  longest run of last tokens that is looked for
     prompt_lookup_min  shortest run of last tokens that is looked for
