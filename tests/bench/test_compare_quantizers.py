@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dibit.bench import compare_quantizers
 from dibit.bench.compare_quantizers import Setup, Work, prepare, record
@@ -47,6 +46,9 @@ Path(job["done"]).write_text(json.dumps({"versions": {job["tool"]: "7"}, "second
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     monkeypatch.setattr(compare_quantizers, "GROUP_SIZE", 32)
+    # Its models import Triton, which the tests of the GPU kernels must be the first to do (tests/kernels/triton/conftest.py).
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=64,
