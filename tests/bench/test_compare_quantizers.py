@@ -46,7 +46,7 @@ Path(job["done"]).write_text(json.dumps({"versions": {job["tool"]: "7"}, "second
 @pytest.fixture
 def setup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setup:
     monkeypatch.setattr(compare_quantizers, "GROUP_SIZE", 32)
-    # Its models import Triton, which the tests of the GPU kernels must be the first to do (tests/kernels/triton/conftest.py).
+    # Not above: it imports Triton, which tests/kernels/triton/conftest.py must be the first to do.
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
