@@ -71,7 +71,12 @@ ROWS = (
         "`--recipe fast --zero-grid fractional`",
         f"{W2} --recipe fast --zero-grid fractional --samples 64",
     ),
-    Row("best-2", "the same, then `dibit finetune` as in `--recipe best`", source="fastfrac-2", tune=f"--objective kl {TUNED}"),
+    Row(
+        "best-2",
+        "the same, then `dibit finetune` as in `--recipe best`",
+        source="fastfrac-2",
+        tune=f"--objective kl {TUNED}",
+    ),
 )
 
 

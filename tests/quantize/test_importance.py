@@ -158,7 +158,7 @@ def test_a_budget_ends_in_a_checkpoint_of_that_many_bits(tiny: Path, text: Path,
 
 @pytest.mark.parametrize(("kind", "per_site"), [("error", False), ("measured", False), ("fisher", True)])
 def test_what_is_scored_is_the_rounding_that_is_done(
-    tiny: Path, text: Path, tmp_path: Path, kind: ImportanceKind, per_site: bool
+    tiny: Path, text: Path, tmp_path: Path, *, kind: ImportanceKind, per_site: bool
 ) -> None:
     budget = Budget(mean_bits=3.2, choices=(2, 3, 4, 8), importance=kind, samples=4, per_site=per_site)
     options: dict[str, Any] = {"method": "rtn", "calibration": text, **TEXT}
