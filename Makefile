@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := pyproject.toml constraints.txt $(wildcard kernels/csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format build gpu clean
+.PHONY: help serve test lint format build gpu sanitize clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,14 @@ serve: $(VENV)/.installed $(MODEL)/config.json ## install, quantize the demo mod
 
 test: $(VENV)/.tested ## install, run the tests
 	$(BIN)/python -m pytest -q
+
+# Python itself is not instrumented, so the sanitizers' libraries have to be loaded first; what it leaks is not ours.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/.tested ## the CPU kernels' tests under AddressSanitizer and UBSan
+	mkdir -p build/sanitize
+	$(CXX) -O1 -g -std=c++17 -fPIC -shared -ffp-contract=off -pthread $(SANITIZE) kernels/csrc/*.cpp -o build/sanitize/_cpu.so
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		DIBIT_TEST_LIBRARY=$(CURDIR)/build/sanitize/_cpu.so $(BIN)/python -m pytest -q tests/kernels --ignore=tests/kernels/triton
 
 lint: $(VENV)/.tested ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,14 +1,20 @@
-"""Fixtures for the C++ kernels: which instruction sets can be tried here, and putting threads and ISA back."""
+"""Fixtures for the C++ kernels: which build and instruction sets are tried here, and putting threads and ISA back."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from dibit.kernels import native
 
 ISAS = ("portable", "avx2", "avx512")
+
+# Another build of the kernels, such as that of `make sanitize`. Before anything loads the library.
+if "DIBIT_TEST_LIBRARY" in os.environ:
+    native.LIBRARY = Path(os.environ["DIBIT_TEST_LIBRARY"])
 
 
 def available_isas() -> tuple[str, ...]:
