@@ -44,6 +44,7 @@ def test_models_take_turns_and_a_profile_holds_the_whole_step(low_bit_demo: Path
             "qlinear down": 30,
             "qlinear head": 1,
             "argmax": 1,
+            "sample": 1,
         }
         read = {op.op: op.bytes for op in r.ops}
         assert sum(read[op] for op in read if op.startswith("qlinear")) == pytest.approx(
