@@ -11,6 +11,7 @@ from dibit.engine import numa
 from dibit.engine.async_engine import AsyncEngine
 from dibit.engine.config import EngineConfig
 from dibit.engine.core import EngineCore
+from dibit.engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from dibit.engine.checkpoint import Checkpoint
@@ -63,7 +64,11 @@ def _packed_cache(checkpoint: Checkpoint, config: EngineConfig) -> PackedCache |
         return None
     version = importlib.metadata.version("dibit")
     key = f"{identity(checkpoint.path)} head {config.head_bits} zero {config.gptq_zero} dibit {version}"
-    directory = Path(config.cache_dir).expanduser() if config.cache_dir else default_directory()
+    try:
+        directory = Path(config.cache_dir).expanduser() if config.cache_dir else default_directory()
+    except ConfigError as error:
+        logger.warning("packed weights are not kept for the next start: %s", error)
+        return None
     return PackedCache(directory, key=key, model=checkpoint.name)
 
 

@@ -61,11 +61,18 @@ class CacheEntry:
 
 
 def default_directory() -> Path:
-    """$DIBIT_CACHE_DIR, or dibit/packed in the user's cache directory (XDG)."""
+    """$DIBIT_CACHE_DIR, or dibit/packed in the user's cache directory (XDG).
+
+    Raises ConfigError for a user without a home directory, as containers have.
+    """
     if given := os.environ.get("DIBIT_CACHE_DIR"):
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "dibit" / "packed"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "dibit" / "packed"
+    try:
+        return Path.home() / ".cache" / "dibit" / "packed"
+    except RuntimeError as error:
+        raise ConfigError("this user has no home directory to keep packed weights in; give --cache-dir") from error
 
 
 class PackedCache:
@@ -108,8 +115,7 @@ class PackedCache:
     def finish(self) -> None:
         """All weights were got or put: a new file becomes visible, and the cache is brought down to its limit."""
         if self._found and self._missed:
-            log.warning("packed weights in %s are not those of this model; it is removed", self.path)
-            self.path.unlink(missing_ok=True)
+            self._remove_foreign()
         if self._writer is None:
             return
         try:
@@ -124,6 +130,13 @@ class PackedCache:
         if self._writer is not None:
             self._writer.abandon()
         self._writer, self._off = None, True
+
+    def _remove_foreign(self) -> None:
+        log.warning("packed weights in %s are not those of this model; it is removed", self.path)
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s cannot be removed: %s", self.path, error.strerror)
 
     def _give_up(self, error: OSError) -> None:
         log.warning("packed weights are not kept for the next start: %s (--cache-dir, --no-cache)", error)

@@ -12,7 +12,10 @@ import torch
 from tiny_models import MemoryWeights, Paged, hf_model, quantized, token_ids, weights_of
 
 from dibit.engine import packed_cache
+from dibit.engine.build import _packed_cache
+from dibit.engine.checkpoint import open_checkpoint
 from dibit.engine.config import EngineConfig
+from dibit.engine.errors import ConfigError
 from dibit.engine.loader import load_decoder
 from dibit.engine.models.decoder import Decoder
 from dibit.engine.packed_cache import PackedCache, clear, default_directory, entries, trim
@@ -125,6 +128,20 @@ def test_a_file_of_another_model_is_removed(tmp_path: Path) -> None:
     assert torch.equal(logits(decoder), logits(load_decoder(other, config=CPU)))
 
 
+def test_a_file_of_another_model_that_stays_does_not_stop_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(tmp_path)
+    other = quantized(weights_of(hf_model()), Format(2, 16))
+
+    def refused(path: Path, *, missing_ok: bool = False) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    decoder, _ = load(tmp_path, weights=other)
+    assert torch.equal(logits(decoder), logits(load_decoder(other, config=CPU)))
+
+
 def test_a_model_that_does_not_load_leaves_nothing(tmp_path: Path) -> None:
     weights = low_bit()
     linear = weights.linear
@@ -206,6 +223,22 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DIBIT_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert default_directory() == Path("/somewhere/dibit/packed")
+
+
+def test_a_user_without_a_home_goes_without(low_bit_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DIBIT_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", none)
+    with pytest.raises(ConfigError, match="--cache-dir"):
+        default_directory()
+    checkpoint = open_checkpoint(low_bit_demo)
+    try:
+        assert _packed_cache(checkpoint, CPU) is None
+    finally:
+        checkpoint.close()
 
 
 def test_parts_that_do_not_fit_together_are_refused() -> None:
