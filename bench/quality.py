@@ -1,4 +1,4 @@
-"""The table of docs/quality.md: methods on one model, made, measured, and printed as Markdown.
+"""The tables of docs/quality.md: methods on one model, made, measured, and printed as Markdown.
 
     python -m dibit.bench.quality --test wiki.test.raw --calibration wiki.valid.txt
 
@@ -21,25 +21,6 @@ from dibit.bench.figures import PAPERS_GPTQ, RESULTS, read, run
 # Rates for little text: Block-AP's defaults are those of thousands of sequences.
 BLOCK_AP = "--method block-ap -O start=rtn -O steps=45 -O weight_rate=0.012 -O scale_rate=0.005 -O zero_rate=0.01"
 TUNED = "--samples 256 --sequence-length 512 --steps 56"
-
-
-@dataclass(frozen=True)
-class Row:
-    """
-    name    of the checkpoint and of the result
-    title   in the table
-    words   options of `dibit quantize`; empty with `source`
-    source  the row whose checkpoint `dibit finetune` trains with the options `tune`
-    """
-
-    name: str
-    title: str
-    words: str = ""
-    source: str = ""
-    tune: str = ""
-
-
-W2 = "--bits 2 --group-size 64"
 # Of quantize_report.json.
 KEPT = (
     "method",
@@ -52,32 +33,93 @@ KEPT = (
     "peak_rss_bytes",
     "versions",
 )
-ROWS = (
-    Row("rtn-2", "RTN", f"{W2} --method rtn"),
-    Row("gptq-2", "GPTQ, the paper's", f"{W2} {PAPERS_GPTQ} --samples 128"),
-    Row("awq-2", "AWQ", f"{W2} --method awq --samples 32"),
-    Row("omni-2", "OmniQuant", f"{W2} --method omniquant --samples 32 -O steps=64"),
-    Row("affine-2", "AffineQuant", f"{W2} --method affinequant --samples 32 -O steps=64 -O affine_steps=64"),
-    Row("bap-2", "Block-AP", f"{W2} {BLOCK_AP} --samples 64"),
-    Row(
-        "eqat-2",
+
+
+@dataclass(frozen=True)
+class Way:
+    """A method in every table.
+
+    title   in the table
+    words   options of `dibit quantize`, without the width; empty with `source`
+    source  the way whose checkpoint `dibit finetune` trains with the options `tune`
+    """
+
+    title: str
+    words: str = ""
+    source: str = ""
+    tune: str = ""
+
+
+WAYS = {
+    "rtn": Way("RTN", "--method rtn"),
+    "gptq": Way("GPTQ, the paper's", f"{PAPERS_GPTQ} --samples 128"),
+    "awq": Way("AWQ", "--method awq --samples 32"),
+    "omni": Way("OmniQuant", "--method omniquant --samples 32 -O steps=64"),
+    "affine": Way("AffineQuant", "--method affinequant --samples 32 -O steps=64 -O affine_steps=64"),
+    "bap": Way("Block-AP", f"{BLOCK_AP} --samples 64"),
+    "eqat": Way(
         "EfficientQAT (Block-AP, then step sizes on the next token)",
-        source="bap-2",
+        source="bap",
         tune=f"--objective ce {TUNED} -O norm_rate=0",
     ),
-    Row("fast-2", "`--recipe fast`", f"{W2} --recipe fast --samples 64"),
-    Row(
-        "fastfrac-2",
-        "`--recipe fast --zero-grid fractional`",
-        f"{W2} --recipe fast --zero-grid fractional --samples 64",
-    ),
-    Row(
-        "best-2",
-        "the same, then `dibit finetune` as in `--recipe best`",
-        source="fastfrac-2",
+    "fast": Way("`--recipe fast`", "--recipe fast --samples 64"),
+    "fastfrac": Way("`--recipe fast --zero-grid fractional`", "--recipe fast --zero-grid fractional --samples 64"),
+    "tuned": Way("`--recipe fast`, then `dibit finetune`", source="fast", tune=f"--objective kl {TUNED}"),
+    "best": Way(
+        "`--recipe fast --zero-grid fractional`, then `dibit finetune` (56 steps)",
+        source="fastfrac",
         tune=f"--objective kl {TUNED}",
     ),
+    "recipe": Way("`--recipe best --zero-grid fractional`", "--recipe best --zero-grid fractional"),
+    "smooth": Way("RTN with SmoothQuant's scales", "--method smoothquant --samples 32"),
+}
+LEARNED = ("omni", "affine", "bap", "eqat", "fastfrac", "best")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one width; their names end in `suffix`."""
+
+    suffix: str
+    title: str
+    words: str
+    ways: tuple[str, ...]
+    seed: int = 0
+
+
+ALL = ("rtn", "gptq", "awq", "omni", "affine", "bap", "eqat", "fast", "fastfrac", "best")
+ROUNDED = ("smooth", "omni", "affine")
+TABLES = (
+    Table("2", "2 bits, groups of 64", "--bits 2 --group-size 64", (*ALL, "recipe")),
+    Table("2-seed1", "2 bits, groups of 64, second seed", "--bits 2 --group-size 64", LEARNED, seed=1),
+    Table("3", "3 bits, groups of 64", "--bits 3 --group-size 64", ("rtn", "gptq", "eqat", "fast", "fastfrac", "best")),
+    Table("3pc", "3 bits, a scale for each row", "--bits 3 --group-size=-1", ALL),
+    # Four bits have no fractional zero points.
+    Table("4", "4 bits, groups of 64", "--bits 4 --group-size 64", ("rtn", "gptq", "eqat", "fast", "tuned")),
+    Table("w8a8", "8-bit weights and activations", "--bits 8 --group-size=-1 --activation-bits 8", ROUNDED),
+    Table("w6a6", "6-bit activations, 8-bit weights", "--bits 8 --group-size=-1 --activation-bits 6", ROUNDED),
+    Table("w4a4", "4-bit weights and activations", "--bits 4 --group-size=-1 --activation-bits 4", ROUNDED),
 )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint: `way` at the width of `table`."""
+
+    table: Table
+    way: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.way}-{self.table.suffix}"
+
+    @property
+    def source(self) -> Row | None:
+        source = WAYS[self.way].source
+        return Row(self.table, source) if source else None
+
+
+ROWS = tuple(Row(table, way) for table in TABLES for way in table.ways)
 
 
 def main() -> None:
@@ -89,7 +131,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "quality")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--only", default="", help="names of rows, separated by commas")
-    parser.add_argument("--table", action="store_true", help="print the table of what has been measured, and end")
+    parser.add_argument("--table", action="store_true", help="print the tables of what has been measured, and end")
     args = parser.parse_args()
     if not args.table:
         if args.test is None or args.calibration is None:
@@ -99,7 +141,7 @@ def main() -> None:
         for row in wanted:
             if not (args.results / f"{row.name}.json").exists():
                 measure(row, args)
-    print(table(args.results))
+    print(text_of(args.results))
 
 
 def measure(row: Row, args: argparse.Namespace) -> None:
@@ -107,15 +149,16 @@ def measure(row: Row, args: argparse.Namespace) -> None:
     made = make_words(row, args)
     out = args.models / row.name
     if not out.exists():
-        if row.source and not (args.models / row.source).exists():
-            run(make_words(next(other for other in ROWS if other.name == row.source), args))
+        if row.source and not (args.models / row.source.name).exists():
+            run(make_words(row.source, args))
         run(made)
     found = args.models / f"{row.name}-ppl.json"
     judged = ["eval", "ppl", str(out), "--text", str(args.test), "--ctx", "2048"]
     judged += ["--max-windows", str(args.windows), "--json", str(found)]
     if not found.exists():
         run(judged)
-    record: dict[str, Any] = {"name": row.name, "title": row.title, "commands": [["dibit", *made], ["dibit", *judged]]}
+    title = WAYS[row.way].title
+    record: dict[str, Any] = {"name": row.name, "title": title, "commands": [["dibit", *made], ["dibit", *judged]]}
     record |= {"perplexity": read(found), "quantize": quantized(read(out / "quantize_report.json"))}
     if row.source:
         report = read(out / "finetune_report.json")
@@ -129,20 +172,15 @@ def measure(row: Row, args: argparse.Namespace) -> None:
 
 def make_words(row: Row, args: argparse.Namespace) -> list[str]:
     """The command that makes the checkpoint, after `dibit`."""
-    out = ["--out", str(args.models / row.name)]
+    way, text = WAYS[row.way], str(args.calibration)
+    end = ["--out", str(args.models / row.name)]
+    if row.table.seed:
+        end += ["--seed", str(row.table.seed)]
     if row.source:
-        words = [
-            "finetune",
-            str(args.models / row.source),
-            *out,
-            "--teacher",
-            args.model,
-            "--text",
-            str(args.calibration),
-        ]
-        return [*words, *row.tune.split()]
-    words = ["quantize", args.model, *out, *row.words.split()]
-    return words if "--method rtn" in row.words else [*words, "--calibration", str(args.calibration)]
+        words = ["finetune", str(args.models / row.source.name), *end, "--teacher", args.model, "--text", text]
+        return [*words, *way.tune.split()]
+    words = ["quantize", args.model, *end, *row.table.words.split(), *way.words.split()]
+    return words if row.way == "rtn" else [*words, "--calibration", text]
 
 
 def quantized(report: dict[str, Any]) -> dict[str, Any]:
@@ -150,37 +188,43 @@ def quantized(report: dict[str, Any]) -> dict[str, Any]:
     found = {name: report[name] for name in KEPT}
     if found["calibration"]:
         found["calibration"] = {**found["calibration"], "text": Path(found["calibration"]["text"]).name}
-    training = [block["tokens_per_s"] for block in report.get("training", ()) if block]
-    found["tokens_per_s"] = statistics.median(training) if training else None
-    shares = [block["matmul_share"] for block in report.get("training", ()) if block]
-    found["matmul_share"] = statistics.median(shares) if shares else None
+    training = [block for block in report["training"] if block]
+    for name in ("tokens_per_s", "matmul_share"):
+        found[name] = statistics.median(block[name] for block in training) if training else None
     return found
 
 
-def table(results: Path) -> str:
-    lines = [
+def text_of(results: Path) -> str:
+    """The tables of what has been measured."""
+    parts = []
+    for table in TABLES:
+        rows = [row for row in ROWS if row.table is table and (results / f"{row.name}.json").exists()]
+        if rows:
+            parts.append("\n".join([f"### {table.title}", "", *lines(rows, results)]))
+    return "\n\n".join(parts)
+
+
+def lines(rows: list[Row], results: Path) -> list[str]:
+    found = [
         "| method | bits with scales and zero points | perplexity | minutes | peak GB | trained on, tokens/s |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for row in ROWS:
-        path = results / f"{row.name}.json"
-        if not path.exists():
-            continue
-        record = read(path)
+    for row in rows:
+        record = read(results / f"{row.name}.json")
         made, tuned = record["quantize"], record.get("finetune")
         seconds = made["seconds"] + (tuned["seconds"] if tuned else 0.0)
         speed = tuned["tokens_per_s"] if tuned else made["tokens_per_s"]
         ppl = record["perplexity"]["ppl"]
         cells = [
-            row.title,
+            WAYS[row.way].title,
             f"{made['bits_per_weight']:.2f}",
             f"{ppl:.2f}" if ppl < 1000 else f"{ppl:.3g}",
             f"{seconds / 60:.0f}" if seconds >= 60 else f"{seconds / 60:.1f}",
             f"{made['peak_rss_bytes'] / 1e9:.2f}",
             "" if speed is None else f"{speed:.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        found.append("| " + " | ".join(cells) + " |")
+    return found
 
 
 if __name__ == "__main__":
