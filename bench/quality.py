@@ -188,7 +188,8 @@ def quantized(report: dict[str, Any]) -> dict[str, Any]:
     found = {name: report[name] for name in KEPT}
     if found["calibration"]:
         found["calibration"] = {**found["calibration"], "text": Path(found["calibration"]["text"]).name}
-    training = [block for block in report["training"] if block]
+    # Reports of before methods trained have no such list.
+    training = [block for block in report.get("training", ()) if block]
     for name in ("tokens_per_s", "matmul_share"):
         found[name] = statistics.median(block[name] for block in training) if training else None
     return found
