@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
 from dibit.engine.byte_rule import ByteRule
 from dibit.engine.chat_end import chat_end_ids
@@ -34,6 +34,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class ChatOptions(TypedDict, total=False):
+    """Keywords of `Tokenizer.chat_text`.
+
+    add_generation_prompt   end with the beginning of the assistant's answer (so by default)
+    continue_final_message  leave the last message open, to be continued
+    tools                   what the model may call, as the template expects them
+    template_args           variables of the template, for example `enable_thinking`
+    """
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: Sequence[Mapping[str, Any]] | None
+    template_args: Mapping[str, Any] | None
 
 
 class Tokenizer(Protocol):
@@ -60,11 +75,7 @@ class Tokenizer(Protocol):
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_args: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> list[int]:
         """Ids of a conversation; RequestError when there is no template, or it refuses the messages."""
         ...
@@ -229,23 +240,8 @@ class HFTokenizer:
                 pieces.append(piece)
         return b"".join(pieces).decode("utf-8", "replace")
 
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_args: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        text = self.chat_text(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            template_args=template_args,
-        )
-        return self.encode(text, add_special_tokens=False)
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Unpack[ChatOptions]) -> list[int]:
+        return self.encode(self.chat_text(messages, **options), add_special_tokens=False)
 
     def chat_text(
         self,

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from dibit.engine.checkpoint import Checkpoint
 from dibit.engine.errors import CheckpointError
-from dibit.engine.models.decoder import Block, FloatLinear, Linear, load_embedding
-from dibit.engine.models.spec import Arch, LinearSite, Part, Sizes, norm_names, sites
+from dibit.engine.models.decoder import Block, FloatLinear, Linear, load_embedding, load_head
+from dibit.engine.models.spec import Arch, LinearSite, Sizes, norm_names, sites
 from dibit.engine.models.weights import read_bias, read_linear, read_tensor
 from dibit.kernels.formats import (
     Format,
     QTensor,
-    dequantize,
     pack_stream,
     round_scales,
     unpack_stream,
@@ -130,7 +129,7 @@ class LowBitModel:
         self._begin: list[Tensor] = []
         self.cos, self.sin = sizes.rope.tables(sizes.max_positions)
         self.embedding = load_embedding(source, arch, sizes)
-        self.head = self.embedding if sizes.tied_head else read_head(source, arch, sizes)
+        self.head = self.embedding if sizes.tied_head else load_head(source, arch, sizes)
         self._layers = tuple(self._layer(layer) for layer in range(sizes.layers))
         if not self._slots:
             raise CheckpointError(
@@ -293,12 +292,6 @@ class LowBitModel:
     def _norm(self, slot: Slot, leaf: Tensor) -> Tensor:
         value = leaf * slot.unit
         return straight(value, value.detach().to(self._stored_type(slot.name)).float())
-
-
-def read_head(source: Checkpoint, arch: Arch, sizes: Sizes) -> Tensor:
-    """The head of an untied model as floats, [vocab, hidden]."""
-    found = read_linear(source, Part(arch.head, sizes.vocab), sizes.hidden)
-    return dequantize(found) if isinstance(found, QTensor) else found.float()
 
 
 def _weight(part: _Part, leaves: Mapping[str, Tensor]) -> Tensor:

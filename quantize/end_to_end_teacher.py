@@ -18,11 +18,10 @@ from dibit.engine.checkpoint.safetensors_file import SafetensorsFile
 from dibit.engine.checkpoint.shard_file import write_shard
 from dibit.engine.errors import CheckpointError
 from dibit.engine.models import resolve_arch
-from dibit.engine.models.decoder import load_embedding, load_float_block
+from dibit.engine.models.decoder import load_embedding, load_float_block, load_head
 from dibit.engine.models.spec import Arch, Sizes
 from dibit.engine.models.weights import check_names, read_tensor
 from dibit.kernels.norm import rms_norm_reference
-from dibit.quantize.end_to_end_model import read_head
 from dibit.quantize.instruction import Examples
 from dibit.quantize.precision import products
 from dibit.quantize.streams import HiddenStates, StreamConfig, advance
@@ -86,8 +85,7 @@ def listen(
             _write(teacher, arch, sizes, examples, path, streams=streams, tell=tell)
     # Outside of inference mode's tensors: these take part in training.
     with torch.inference_mode(mode=False):
-        head = load_embedding(teacher, arch, sizes) if sizes.tied_head else read_head(teacher, arch, sizes)
-        return Teacher(path, head)
+        return Teacher(path, load_head(teacher, arch, sizes))
 
 
 def _write(
@@ -102,10 +100,7 @@ def _write(
 ) -> None:
     samples, length = examples.tokens.shape
     stream = HiddenStates(samples, length, sizes.hidden, config=streams, directory=path.parent)
-    embedding = load_embedding(teacher, arch, sizes)
-    for i in range(samples):
-        stream.write(i, embedding[examples.tokens[i : i + 1]])
-    del embedding
+    stream.embed(load_embedding(teacher, arch, sizes), examples.tokens)
     cos, sin = sizes.rope.tables(length)
     for layer in range(sizes.layers):
         tell(f"the float model reads the text, block {layer + 1} of {sizes.layers}")

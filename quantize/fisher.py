@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dibit.engine.errors import CheckpointError, ConfigError
-from dibit.engine.models.decoder import FloatLinear, Linear, load_embedding
+from dibit.engine.models.decoder import FloatLinear, Linear, load_embedding, load_head
 from dibit.engine.models.spec import LinearSite
 from dibit.engine.models.weights import read_tensor
 from dibit.kernels.formats import Format, dequantize
@@ -76,8 +76,7 @@ def visit_gradients(model: Model, text: Text, visitor: Visitor, *, seed: int, te
     cos, sin = model.sizes.rope.tables(length)
     with torch.no_grad():
         embedding = load_embedding(model.checkpoint, model.arch, model.sizes)
-        for i in range(samples):
-            states[0].write(i, embedding[text.tokens[i : i + 1]])
+        states[0].embed(embedding, text.tokens)
         for layer in range(layers):
             tell(layer)
             block = model.block(layer)
@@ -97,9 +96,7 @@ def _head_gradients(
     """Of the sum of the losses, at the last block's output."""
     sizes = model.sizes
     norm = read_tensor(model.checkpoint, f"{model.arch.final_norm}.weight", (sizes.hidden,))
-    head = embedding
-    if not sizes.tied_head:
-        head = read_tensor(model.checkpoint, f"{model.arch.head}.weight", (sizes.vocab, sizes.hidden))
+    head = embedding if sizes.tied_head else load_head(model.checkpoint, model.arch, sizes)
     draws = torch.Generator().manual_seed(seed)
     for start, x in states.batches(1):
         pieces = []

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dibit.engine.checkpoint import Checkpoint
-from dibit.engine.models.decoder import Block, FloatLinear, load_embedding, load_float_block
+from dibit.engine.models.decoder import Block, FloatLinear, load_embedding, load_float_block, load_head
 from dibit.engine.models.spec import Arch, LinearSite, Sizes, sites
 from dibit.engine.models.weights import read_float_site, read_tensor
 from dibit.kernels.formats import Format, dequantize
@@ -218,10 +218,7 @@ def _divergences(
     """Mean KL(float ‖ rounded) of the next-token distribution, in nats."""
     sizes = model.sizes
     norm = read_tensor(model.checkpoint, f"{model.arch.final_norm}.weight", (sizes.hidden,))
-    if sizes.tied_head:
-        head = load_embedding(model.checkpoint, model.arch, sizes)
-    else:
-        head = read_tensor(model.checkpoint, f"{model.arch.head}.weight", (sizes.vocab, sizes.hidden))
+    head = load_head(model.checkpoint, model.arch, sizes)
 
     def log_probabilities(x: Tensor) -> Tensor:
         return F.log_softmax(F.linear(rms_norm_reference(x, norm, sizes.norm_eps), head), dim=-1)
@@ -248,7 +245,5 @@ def _stream(model: Model, text: Text) -> HiddenStates:
 
 def _embedded(model: Model, text: Text) -> HiddenStates:
     stream = _stream(model, text)
-    embedding = load_embedding(model.checkpoint, model.arch, model.sizes)
-    for i in range(text.tokens.shape[0]):
-        stream.write(i, embedding[text.tokens[i : i + 1]])
+    stream.embed(load_embedding(model.checkpoint, model.arch, model.sizes), text.tokens)
     return stream

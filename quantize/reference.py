@@ -18,7 +18,7 @@ from torch import Tensor
 from dibit.engine.checkpoint import Checkpoint
 from dibit.engine.errors import ConfigError
 from dibit.engine.models import resolve_arch
-from dibit.engine.models.decoder import load_embedding, load_float_block
+from dibit.engine.models.decoder import load_embedding, load_float_block, load_head
 from dibit.engine.models.weights import check_names, read_tensor
 from dibit.engine.tokenizer import Tokenizer, load_tokenizer
 from dibit.kernels.norm import rms_norm_reference
@@ -72,8 +72,7 @@ class StreamedReference:
         with torch.inference_mode():
             embedding = load_embedding(checkpoint, arch, sizes)
             self._states = HiddenStates(len(self.windows), context, sizes.hidden, config=kept, directory=directory)
-            for i, window in enumerate(self.windows):
-                self._states.write(i, embedding[torch.tensor([window])])
+            self._states.embed(embedding, torch.tensor(self.windows))
             if not sizes.tied_head:
                 del embedding
             cos, sin = sizes.rope.tables(context)
@@ -85,11 +84,7 @@ class StreamedReference:
                 progress(sizes.layers, sizes.layers)
             self._norm = read_tensor(checkpoint, f"{arch.final_norm}.weight", (sizes.hidden,))
             self._eps = sizes.norm_eps
-            self._head = (
-                embedding
-                if sizes.tied_head
-                else read_tensor(checkpoint, f"{arch.head}.weight", (sizes.vocab, sizes.hidden))
-            )
+            self._head = embedding if sizes.tied_head else load_head(checkpoint, arch, sizes)
 
     def logits(self, window: int, start: int, count: int) -> Tensor:
         """Of up to `count` tokens of a window from `start` on, float32 [n, V]."""

@@ -78,6 +78,11 @@ class HiddenStates:
         view.shape = (view._data.shape[0], *self.shape[1:])
         return view
 
+    def embed(self, embedding: Tensor, tokens: Tensor) -> None:
+        """Write what enters the first block: rows of `embedding` [vocab, hidden] for tokens [samples, length]."""
+        for i in range(self.shape[0]):
+            self.write(i, embedding[tokens[i : i + 1]])
+
     def write(self, start: int, x: Tensor) -> None:
         """Replace the segments from `start` on. Raises ConfigError when float16 cannot hold them."""
         kept = x.to(self._data.dtype)

@@ -189,7 +189,9 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
     float_stream, float_outputs = None, None
     if task.method.needs & {"float_stream", "cross", "relative"}:
         float_stream = _embedded(task, segments, directory)
-        float_outputs = float_stream.empty_like()
+        # A method that wants the float model's inputs alone lets them be advanced in place.
+        if task.method.needs & {"float_stream", "relative"}:
+            float_outputs = float_stream.empty_like()
     length = segments.tokens.shape[1]
     batch = max(1, BATCH_TOKENS // length)
     cos, sin = task.sizes.rope.tables(length)
@@ -240,12 +242,16 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
             done = FinishedBlock(tuple(result.report for result in results.sites), changed, results.training)
             del results, job
         last = layer + 1 == task.sizes.layers
+        if float_stream is not None and float_outputs is None and not last:
+            output.tell(layer, f"layers.{layer}, float hidden states")
+            advance(float_stream, floats, cos, sin, batch=batch)
+        elif float_outputs is not None:
+            float_stream, float_outputs = float_outputs, float_stream
         if done is not None or not last:
             output.tell(layer, f"layers.{layer}, hidden states")
             low = rounded_inputs(block, task.activation_bits)
             with recorded_inputs(low, sites) as inputs:
                 advance(quantized, low, cos, sin, batch=batch)
-        float_stream, float_outputs = float_outputs, float_stream
         if done is not None:
             found = tuple(dataclasses.replace(one, input=inputs[one.site].report()) for one in done.sites)
             output.close_block(layer, dataclasses.replace(done, sites=found), begun=begun)
@@ -261,9 +267,7 @@ def _float_type(task: Task, sites: Sequence[LinearSite], layer: int) -> torch.dt
 def _embedded(task: Task, segments: Segments, directory: Path) -> HiddenStates:
     samples, length = segments.tokens.shape
     stream = HiddenStates(samples, length, task.sizes.hidden, config=task.streams, directory=directory)
-    embedding = load_embedding(task.checkpoint, task.arch, task.sizes)
-    for i in range(samples):
-        stream.write(i, embedding[segments.tokens[i : i + 1]])
+    stream.embed(load_embedding(task.checkpoint, task.arch, task.sizes), segments.tokens)
     return stream
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from dibit.engine.config import EngineConfig
 from dibit.engine.core import EngineCore
@@ -19,6 +19,7 @@ from dibit.engine.detokenizer import IncrementalDetokenizer
 from dibit.engine.errors import RequestError
 from dibit.engine.request import Request, TokenLogprob
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
+from dibit.engine.tokenizer import ChatOptions
 
 BOS, EOS = 256, 257
 VOCAB = 258
@@ -41,17 +42,9 @@ class ByteTokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_args: Mapping[str, Any] | None = None,
+        **options: Unpack[ChatOptions],
     ) -> list[int]:
-        return self.encode(
-            self.chat_text(
-                messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
-            )
-        )
+        return self.encode(self.chat_text(messages, **options))
 
     def chat_text(
         self,

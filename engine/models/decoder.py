@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dibit.engine.batch import Batch
 from dibit.engine.kv_cache import KVCache
-from dibit.engine.models.spec import Arch, Sizes, norm_names, sites
-from dibit.engine.models.weights import Weights, read_bias, read_float_site, read_tensor
+from dibit.engine.models.spec import Arch, Part, Sizes, norm_names, sites
+from dibit.engine.models.weights import Weights, read_bias, read_float_site, read_linear, read_tensor
 from dibit.kernels.activation import silu_mul_reference
 from dibit.kernels.concat import concat_reference
 from dibit.kernels.dispatch import Backend, resolve
-from dibit.kernels.formats import Format
+from dibit.kernels.formats import Format, QTensor, dequantize
 from dibit.kernels.norm import rms_norm_reference
 from dibit.kernels.rope import rotate
 
@@ -246,3 +246,11 @@ def load_float_block(
 def load_embedding(weights: Weights, arch: Arch, sizes: Sizes, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """The token embedding [vocab, hidden]."""
     return read_tensor(weights, f"{arch.embedding}.weight", (sizes.vocab, sizes.hidden), dtype)
+
+
+def load_head(weights: Weights, arch: Arch, sizes: Sizes) -> Tensor:
+    """The head as floats, [vocab, hidden]; of a model that ties the two, the token embedding."""
+    if sizes.tied_head:
+        return load_embedding(weights, arch, sizes)
+    found = read_linear(weights, Part(arch.head, sizes.vocab), sizes.hidden)
+    return dequantize(found) if isinstance(found, QTensor) else found.float()

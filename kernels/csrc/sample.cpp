@@ -1,5 +1,5 @@
 // A token drawn from each row of scores: temperature, min_p, top_k, top_p, and one uniform number through the inverse of
-// the cumulative distribution, in the order of ids. kernels/sampling.py defines it.
+// the cumulative distribution, in the order of ids. engine/sampler.py defines it.
 //
 // One body for every machine, so that a seed gives one token everywhere: plain vectors, no fused multiply-adds (the
 // build sets -ffp-contract=off), sums in an order that is written down here.
