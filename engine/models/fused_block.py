@@ -16,6 +16,7 @@ from dibit.engine.models.decoder import Block, PackedLinear
 from dibit.kernels.triton import fused
 from dibit.kernels.triton.attention import attend
 from dibit.kernels.triton.layout import TritonQWeight
+from dibit.kernels.triton.small import rope_kv_write
 
 
 class FusedBlock(Block):
@@ -49,7 +50,7 @@ class FusedBlock(Block):
         )
         h = fused.norm_prepared(x, residual, self.attn_norm, eps, qkv)
         residual = x if residual is None else residual
-        q = fused.rope_kv_write_of(
+        q = rope_kv_write(
             fused.product(h, qkv, qkv_bias),
             batch.positions,
             cos,
@@ -85,8 +86,9 @@ def fuse(blocks: Sequence[Block]) -> list[Block]:
 
 
 def _fusible(block: Block) -> bool:
-    """Whether every product is one packed weight of floating activations, with rows that fit a program."""
-    return all(
+    """Whether every product is one packed weight of floating activations, with rows that fit a program, and nothing
+    stands between the first one and the rotary positions."""
+    return not block.head_norms and all(
         isinstance(linear, PackedLinear)
         and isinstance(linear.weight, TritonQWeight)
         and linear.activation_bits is None

@@ -10,6 +10,7 @@ A NaN or an infinity in a row of x makes the whole row of y NaN. Rows of y are t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -42,19 +43,27 @@ class Prepared:
     factors: Tensor
     tokens: int
 
+    @classmethod
+    def empty(cls, w: TritonQWeight, tokens: int, padded_tokens: int) -> Prepared:
+        """Room for products with `w`."""
+        geometry, device = w.geometry, w.codes.device
+        return cls(
+            torch.empty(padded_tokens, geometry.columns, dtype=torch.float16, device=device),
+            torch.empty(geometry.groups, padded_tokens, dtype=torch.float32, device=device),
+            torch.empty(padded_tokens, dtype=torch.float32, device=device),
+            tokens,
+        )
+
 
 def prepare(x: Tensor, w: TritonQWeight, *, padded_tokens: int) -> Prepared:
     """x [M, K] for products with `w` (or with any weight of its format and K)."""
-    geometry = w.geometry
-    half = torch.empty(padded_tokens, geometry.columns, dtype=torch.float16, device=x.device)
-    sums = torch.empty(geometry.groups, padded_tokens, dtype=torch.float32, device=x.device)
-    factors = torch.empty(padded_tokens, dtype=torch.float32, device=x.device)
+    made, geometry = Prepared.empty(w, x.shape[0], padded_tokens), w.geometry
     prepare_kernel[(padded_tokens,)](
         x,
-        half,
-        sums,
-        factors,
-        x.shape[0],
+        made.half,
+        made.sums,
+        made.factors,
+        made.tokens,
         padded_tokens,
         w.k,
         geometry.columns,
@@ -64,7 +73,7 @@ def prepare(x: Tensor, w: TritonQWeight, *, padded_tokens: int) -> Prepared:
         BLOCK=min(2048, max(256, triton.next_power_of_2(w.k))),
         num_warps=4,
     )
-    return Prepared(half, sums, factors, x.shape[0])
+    return made
 
 
 def qlinear(
@@ -116,6 +125,30 @@ class Runs:
     weight: TritonQWeight
     plan: Plan
     bias: Tensor | None
+
+
+def operands_of(x: Tensor | Runs) -> tuple[Tensor | None, ...]:
+    """The first arguments of `finished` on the device."""
+    if isinstance(x, Tensor):
+        return x, None, None, None, None, None
+    return x.target, x.prepared.sums, x.prepared.factors, x.weight.scales, x.weight.zeros, x.bias
+
+
+def constants_of(x: Tensor | Runs) -> dict[str, Any]:
+    """The last arguments of `finished` on the device."""
+    if isinstance(x, Tensor) or not x.plan.partial:
+        # What a finished product was made of would only be another kernel to compile.
+        names = {"SPLITS": 1, "PARTIAL": False, "PER_CHANNEL": False, "BIAS": False}
+        return {**names, "ZERO_BASE": 0.0, "ZERO_STEP": 1.0}
+    zero_base, zero_step = x.weight.format.zero_line
+    return {
+        "SPLITS": x.plan.splits,
+        "PARTIAL": True,
+        "PER_CHANNEL": x.weight.format.group_size == PER_CHANNEL,
+        "BIAS": x.bias is not None,
+        "ZERO_BASE": zero_base,
+        "ZERO_STEP": zero_step,
+    }
 
 
 def multiply(

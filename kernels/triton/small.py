@@ -24,6 +24,7 @@ from dibit.kernels.triton.device.small import (
     silu_mul_kernel,
 )
 from dibit.kernels.triton.layout import TritonQWeight
+from dibit.kernels.triton.qlinear import Runs, constants_of, operands_of
 
 MAX_NORM_COLUMNS = 65536
 _REALS = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,7 +82,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rope_kv_write(
-    qkv: Tensor,
+    qkv: Tensor | Runs,
     positions: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -90,19 +91,19 @@ def rope_kv_write(
     slots: Tensor,
     heads: int,
 ) -> Tensor:
-    """Rotate q and k, store k and v at `slots` (-1 stores nothing), return q [T, H D]."""
+    """Rotate q and k, store k and v at `slots` (-1 stores nothing), return q [T, H D].
+
+    `qkv` may be a product whose runs are not added up.
+    """
     _, kv_heads, block_size, d = k_cache.shape
-    check_rope_kv_write(qkv, positions, cos, sin, k_cache, v_cache, slots, heads, reals=_REALS, cache_reals=_REALS)
-    t = qkv.shape[0]
-    q = torch.empty(t, heads * d, dtype=qkv.dtype, device=qkv.device)
+    # Runs of a product have the shape of its first one.
+    seen = qkv if isinstance(qkv, Tensor) else qkv.target[0] if qkv.plan.partial else qkv.target
+    check_rope_kv_write(seen, positions, cos, sin, k_cache, v_cache, slots, heads, reals=_REALS, cache_reals=_REALS)
+    t = positions.shape[0]
+    q = torch.empty(t, heads * d, dtype=seen.dtype, device=seen.device)
     if t:
         rope_kv_write_kernel[(heads + 2 * kv_heads, t)](
-            qkv,
-            None,
-            None,
-            None,
-            None,
-            None,
+            *operands_of(qkv),
             positions,
             cos,
             sin,
@@ -116,12 +117,7 @@ def rope_kv_write(
             block_size,
             cos.shape[1],
             d,
-            SPLITS=1,
-            PARTIAL=False,
-            PER_CHANNEL=False,
-            ZERO_BASE=0.0,
-            ZERO_STEP=1.0,
-            BIAS=False,
+            **constants_of(qkv),
             BLOCK_D=triton.next_power_of_2(d),
             num_warps=1,
         )
