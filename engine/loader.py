@@ -29,7 +29,7 @@ from dibit.engine.config import EngineConfig
 from dibit.engine.errors import CheckpointError, ConfigError
 from dibit.engine.models import resolve_arch
 from dibit.engine.models.decoder import Block, Decoder, FloatLinear, Linear, Ops, PackedLinear, SideBySide
-from dibit.engine.models.spec import Arch, LinearSite, Part, Sizes, norm_names, sites
+from dibit.engine.models.spec import Arch, LinearSite, Part, Sizes, head_norm_names, norm_names, sites
 from dibit.engine.models.weights import Weights, check_names, read_bias, read_float_site, read_linear, read_tensor
 from dibit.engine.packed_cache import PackedCache
 from dibit.kernels.dispatch import NoKernel, Resolved, resolve
@@ -232,7 +232,15 @@ class _Loader:
     def _block(self, layer: int) -> Block:
         attn_norm, mlp_norm = (self._norm(name) for name in norm_names(self.arch, layer))
         linears = {site.key: self._site(site) for site in sites(self.arch, self.sizes, layer)}
-        return Block(self.sizes, linears=linears, attn_norm=attn_norm, mlp_norm=mlp_norm, ops=self.ops)
+        heads = (read_tensor(self.weights, name, (self.sizes.head_dim,)) for name in head_norm_names(self.arch, layer))
+        return Block(
+            self.sizes,
+            linears=linears,
+            attn_norm=attn_norm,
+            mlp_norm=mlp_norm,
+            head_norms=tuple(self._held(norm) for norm in heads),
+            ops=self.ops,
+        )
 
     def _fused_ops(self, blocks: list[Block]) -> list[Block]:
         """On the triton backend, blocks with as few launches as their weights allow."""

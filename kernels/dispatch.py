@@ -136,6 +136,11 @@ _BODIES: dict[str, tuple[Impl, Impl, Impl]] = {
         _triton("triton.small:add_rms_norm"),
         _reference("norm:add_rms_norm_reference"),
     ),
+    "head_norm": (
+        _cpu("norm_cpu:head_norm"),
+        _triton("triton.head_norm:head_norm"),
+        _reference("norm:head_norm_reference"),
+    ),
     "rope_kv_write": (
         _cpu("rope_cpu:rope_kv_write"),
         _triton("triton.small:rope_kv_write"),

@@ -1,6 +1,6 @@
 """RMS normalization in C++ (csrc/norm.cpp): float32, the sum of squares in an order that depends on K only.
 
-Contract in norm.py. `add_rms_norm` overwrites `residual` with the sum and returns it.
+Contract in norm.py. `add_rms_norm` overwrites `residual` with the sum and returns it; `head_norm` overwrites `qkv`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dibit.kernels import native, tape
 from dibit.kernels.contract import ContractError, Dims
+from dibit.kernels.norm import check_head_norm
 
 _F32 = torch.float32
 
@@ -41,6 +42,25 @@ def add_rms_norm(
     y = tape.empty(*x.shape) if out is None else out
     _entry()(y.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr(), x.shape[0], x.shape[1], eps)
     return y, residual
+
+
+@functools.cache
+def _head_entry() -> Callable[..., None]:
+    p, n = native.POINTER, native.INT
+    return native.function("dibit_head_norm", p, p, p, n, n, n, n, native.FLOAT)
+
+
+def head_norm(qkv: Tensor, q_norm: Tensor, k_norm: Tensor, heads: int, eps: float) -> Tensor:
+    """`qkv` [T, (H + 2 KH) D] float32 with its first H heads and the KH after them normalized in place.
+
+    Raises ContractError.
+    """
+    kv_heads = check_head_norm(qkv, q_norm, k_norm, heads, reals=(_F32,))
+    if not (qkv.is_cpu and q_norm.is_cpu and k_norm.is_cpu):
+        raise ContractError(f"head_norm: every tensor must be on the CPU; qkv is on {qkv.device}")
+    sizes = (qkv.shape[0], heads, kv_heads, q_norm.shape[0])
+    _head_entry()(qkv.data_ptr(), q_norm.data_ptr(), k_norm.data_ptr(), *sizes, eps)
+    return qkv
 
 
 def _rows(x: Tensor) -> bool:

@@ -31,4 +31,4 @@ def rounded_inputs(block: Block, bits: int | None) -> Block:
     if bits is None:
         return block
     linears: dict[str, Linear] = {key: RoundedInput(linear, bits) for key, linear in block.linears.items()}
-    return Block(block.sizes, linears=linears, attn_norm=block.attn_norm, mlp_norm=block.mlp_norm)
+    return block.with_linears(linears)

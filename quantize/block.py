@@ -199,7 +199,7 @@ def quantize_block(
         changed = _changed(job, QuantizedBlock.folded(job, block, {}))
         own.linears.update(block.linears)
         changed.put(own, job.sites)
-    floats = Block(own.sizes, linears=dict(own.linears), attn_norm=own.attn_norm, mlp_norm=own.mlp_norm)
+    floats = own.with_linears(dict(own.linears))
     results = []
     for site in job.sites:
         progress(site.name)
@@ -241,7 +241,7 @@ def rounded_block(job: BlockJob, *, symmetric: bool, reason: str) -> QuantizedBl
 def low_bit_block(job: BlockJob, weights: Mapping[str, QTensor]) -> Block:
     """The job's block computing with `weights`, by site name."""
     own = job.block
-    block = Block(own.sizes, linears=dict(own.linears), attn_norm=own.attn_norm, mlp_norm=own.mlp_norm)
+    block = own.with_linears(dict(own.linears))
     for site in job.sites:
         replace_weight(block, site, split(site, weights[site.name]))
     return block

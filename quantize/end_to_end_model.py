@@ -24,7 +24,7 @@ from torch import Tensor
 from dibit.engine.checkpoint import Checkpoint
 from dibit.engine.errors import CheckpointError
 from dibit.engine.models.decoder import Block, FloatLinear, Linear, load_embedding, load_head
-from dibit.engine.models.spec import Arch, LinearSite, Sizes, norm_names, sites
+from dibit.engine.models.spec import Arch, LinearSite, Sizes, head_norm_names, norm_names, sites
 from dibit.engine.models.weights import read_bias, read_linear, read_tensor
 from dibit.kernels.formats import (
     Format,
@@ -90,6 +90,7 @@ class _Site:
 class _Layer:
     sites: tuple[_Site, ...]
     norms: tuple[Tensor, Tensor]
+    head_norms: tuple[Tensor, ...]
     slots: Mapping[str, Slot]
 
 
@@ -237,7 +238,9 @@ class LowBitModel:
         if self._norms:
             for name, norm in zip(names, (attn, mlp), strict=True):
                 self._slot(name, norm, scales=False)
-        return _Layer(own, (attn, mlp), {slot.name: slot for slot in self._slots[first:]})
+        heads = head_norm_names(self.arch, layer)
+        fixed = tuple(read_tensor(self._source, name, (self.sizes.head_dim,)) for name in heads)
+        return _Layer(own, (attn, mlp), fixed, {slot.name: slot for slot in self._slots[first:]})
 
     def _site(self, site: LinearSite) -> _Site:
         parts = []
@@ -279,7 +282,7 @@ class LowBitModel:
             self._norm(own.slots[name], leaves[name]) if self._norms else norm
             for name, norm in zip(norm_names(self.arch, layer), own.norms, strict=True)
         ]
-        block = Block(self.sizes, linears=linears, attn_norm=norms[0], mlp_norm=norms[1])
+        block = Block(self.sizes, linears=linears, attn_norm=norms[0], mlp_norm=norms[1], head_norms=own.head_norms)
         return rounded_inputs(block, self.activation_bits)
 
     def _final(self, *, trained: bool) -> tuple[Tensor, Tensor | None]:

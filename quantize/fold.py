@@ -22,7 +22,7 @@ from dibit.quantize.fake_quantize import straight
 
 def copied(block: Block) -> Block:
     """A block whose parts may be replaced without the original noticing."""
-    return Block(block.sizes, linears=dict(block.linears), attn_norm=block.attn_norm, mlp_norm=block.mlp_norm)
+    return block.with_linears(dict(block.linears))
 
 
 def input_width(sizes: Sizes, key: str) -> int:

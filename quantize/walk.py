@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dibit.engine.checkpoint import Checkpoint, CheckpointWriter
-from dibit.engine.models.decoder import Block, load_embedding, load_float_block
+from dibit.engine.models.decoder import load_embedding, load_float_block
 from dibit.engine.models.spec import Arch, LinearSite, Sizes, float_shapes, norm_names
 from dibit.engine.models.weights import read_float_site
 from dibit.kernels.formats import Format, QTensor
@@ -207,7 +207,7 @@ def calibrated(task: Task, output: Output, segments: Segments, *, directory: Pat
     for layer, sites in enumerate(task.blocks):
         begun = time.monotonic()
         block = load_float_block(task.checkpoint, task.arch, task.sizes, layer)
-        floats = Block(task.sizes, linears=dict(block.linears), attn_norm=block.attn_norm, mlp_norm=block.mlp_norm)
+        floats = block.with_linears(dict(block.linears))
         if float_stream is not None and float_outputs is not None:
             output.tell(layer, f"layers.{layer}, float hidden states")
             advance(float_stream, floats, cos, sin, batch=batch, into=float_outputs)

@@ -84,6 +84,8 @@ def hf_model(kind: str = "llama", **overrides: Any) -> Any:
     config_class, model_class = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
     }[kind]
     torch.manual_seed(1)
     model = model_class(config_class(**{**SMALL, **overrides})).eval()

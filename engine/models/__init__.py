@@ -8,9 +8,10 @@ from typing import Any
 from dibit.engine.errors import CheckpointError
 from dibit.engine.models.hf_config import read_sizes
 from dibit.engine.models.llama import LLAMA, MISTRAL
+from dibit.engine.models.qwen import QWEN2, QWEN3
 from dibit.engine.models.spec import Arch, Sizes
 
-ARCHS: tuple[Arch, ...] = (LLAMA, MISTRAL)
+ARCHS: tuple[Arch, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 
 def resolve_arch(config: Mapping[str, Any]) -> tuple[Arch, Sizes]:

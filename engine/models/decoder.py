@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dibit.engine.batch import Batch
 from dibit.engine.kv_cache import KVCache
-from dibit.engine.models.spec import Arch, Part, Sizes, norm_names, sites
+from dibit.engine.models.spec import Arch, Part, Sizes, head_norm_names, norm_names, sites
 from dibit.engine.models.weights import Weights, read_bias, read_float_site, read_linear, read_tensor
 from dibit.kernels.activation import silu_mul_reference
 from dibit.kernels.concat import concat_reference
@@ -84,6 +84,7 @@ class Ops:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    head_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     rope_kv_write: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
@@ -101,18 +102,39 @@ class Block:
 
     linears    "qkv" (q, k, v side by side), "o", "gate_up" (gate, up), "down"
     attn_norm  [hidden], mlp_norm [hidden]
+    head_norms  of every query and of every key [D], before the rotary positions, or none
     ops        needed by `paged` only
     """
 
     def __init__(
-        self, sizes: Sizes, *, linears: dict[str, Linear], attn_norm: Tensor, mlp_norm: Tensor, ops: Ops | None = None
+        self,
+        sizes: Sizes,
+        *,
+        linears: dict[str, Linear],
+        attn_norm: Tensor,
+        mlp_norm: Tensor,
+        head_norms: tuple[Tensor, ...] = (),
+        ops: Ops | None = None,
     ) -> None:
         self.sizes = sizes
         self.linears = linears
         self.attn_norm = attn_norm
         self.mlp_norm = mlp_norm
+        self.head_norms = head_norms
         self.ops = ops
         self.scale = sizes.head_dim**-0.5
+
+    def with_linears(
+        self, linears: dict[str, Linear], *, attn_norm: Tensor | None = None, mlp_norm: Tensor | None = None
+    ) -> Block:
+        """This block for `dense` with other linears, and other norms where they are given."""
+        return Block(
+            self.sizes,
+            linears=linears,
+            attn_norm=self.attn_norm if attn_norm is None else attn_norm,
+            mlp_norm=self.mlp_norm if mlp_norm is None else mlp_norm,
+            head_norms=self.head_norms,
+        )
 
     def dense(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Whole sequences from position 0: x [B, T, hidden], cos and sin [>= T, D/2] -> [B, T, hidden]."""
@@ -136,6 +158,8 @@ class Block:
         # [B, T, H or KH, D]
         q = qkv[..., : sizes.q_width].view(b, t, sizes.heads, sizes.head_dim)
         k, v = qkv[..., sizes.q_width :].view(b, t, 2 * sizes.kv_heads, sizes.head_dim).chunk(2, dim=2)
+        if self.head_norms:
+            q, k = (self._norm(x, norm) for x, norm in zip((q, k), self.head_norms, strict=True))
         q, k = rotate(q, cos[:t], sin[:t]), rotate(k, cos[:t], sin[:t])
         repeat = sizes.heads // sizes.kv_heads
         # [B, H, T, D]
@@ -165,6 +189,9 @@ class Block:
         else:
             h, residual = ops.add_rms_norm(x, residual, self.attn_norm, eps)
         qkv = linears["qkv"](h)
+        if self.head_norms:
+            q_norm, k_norm = self.head_norms
+            qkv = ops.head_norm(qkv, q_norm, k_norm, self.sizes.heads, eps)
         q = ops.rope_kv_write(qkv, batch.positions, cos, sin, k_cache, v_cache, batch.slots, self.sizes.heads)
         attended = ops.paged_attention(
             q, k_cache, v_cache, batch.cu_seqlens, batch.seq_lens, batch.block_tables, self.scale
@@ -240,7 +267,8 @@ def load_float_block(
         site.key: FloatLinear(read_float_site(weights, site, dtype), read_bias(weights, site, dtype))
         for site in sites(arch, sizes, layer)
     }
-    return Block(sizes, linears=linears, attn_norm=attn_norm, mlp_norm=mlp_norm)
+    heads = tuple(read_tensor(weights, name, (sizes.head_dim,), dtype) for name in head_norm_names(arch, layer))
+    return Block(sizes, linears=linears, attn_norm=attn_norm, mlp_norm=mlp_norm, head_norms=heads)
 
 
 def load_embedding(weights: Weights, arch: Arch, sizes: Sizes, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -81,7 +81,7 @@ def read_sizes(arch: Arch, config: Mapping[str, Any]) -> Sizes:
             "second, so config.json is broken"
         )
     head_dim = keys.positive("head_dim", hidden // heads)
-    if head_dim * heads != hidden and config.get("head_dim") is None:
+    if head_dim * heads != hidden and keys.take("head_dim") is None:
         raise CheckpointError(
             f"hidden_size is {hidden} and num_attention_heads {heads}; without head_dim the first must be a multiple "
             "of the second, so config.json is broken"
@@ -96,8 +96,11 @@ def read_sizes(arch: Arch, config: Mapping[str, Any]) -> Sizes:
     sized = arch.biases == "config"
     attention_bias = sized and keys.flag("attention_bias")
     mlp_bias = sized and keys.flag("mlp_bias")
-    if arch.window == "refuse":
+    if arch.window == "refuse" or (arch.window == "switch" and keys.flag("use_sliding_window")):
         _refuse_window(keys, max_positions)
+    elif arch.window == "switch":
+        # Written even where it is switched off.
+        keys.take("sliding_window")
     sizes = Sizes(
         layers=keys.positive("num_hidden_layers"),
         hidden=hidden,
@@ -110,7 +113,7 @@ def read_sizes(arch: Arch, config: Mapping[str, Any]) -> Sizes:
         norm_eps=keys.number("rms_norm_eps", 1e-6),
         tied_head=keys.flag("tie_word_embeddings"),
         rope=rope,
-        qkv_bias=attention_bias,
+        qkv_bias=attention_bias or arch.biases == "qkv",
         o_bias=attention_bias,
         mlp_bias=mlp_bias,
     )

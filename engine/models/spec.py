@@ -18,15 +18,18 @@ from dibit.engine.models.rope import Rope
 class Arch:
     """The structure that all checkpoints of a family share; names are Hugging Face module paths.
 
-    biases       "config": attention_bias and mlp_bias say so; "none": there never are any
-    window       "refuse": the family knows sliding windows, which are not supported; "none": it has no such key
+    biases       "config": attention_bias and mlp_bias say so; "qkv": q, k and v always have one, others never; "none":
+                 there never are any
+    window       sliding windows, which are not supported: "refuse": the family has them; "switch": use_sliding_window
+                 turns them on; "none": it has no such key
     defaults     values that the family gives to keys which a config leaves out
+    q_norm, k_norm  norms of every head's query and key before the rotary positions; empty: there are none
     """
 
     name: str
     hf_names: tuple[str, ...]
-    biases: Literal["config", "none"] = "none"
-    window: Literal["refuse", "none"] = "none"
+    biases: Literal["config", "qkv", "none"] = "none"
+    window: Literal["refuse", "switch", "none"] = "none"
     defaults: Mapping[str, int | float | None] = field(default_factory=dict)
 
     layer: str = "model.layers.{layer}"
@@ -34,6 +37,8 @@ class Arch:
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
+    q_norm: str = ""
+    k_norm: str = ""
     o: str = "self_attn.o_proj"
     mlp_norm: str = "post_attention_layernorm"
     gate: str = "mlp.gate_proj"
@@ -127,6 +132,11 @@ def norm_names(arch: Arch, layer: int) -> tuple[str, str]:
     return f"{arch.module(layer, arch.attn_norm)}.weight", f"{arch.module(layer, arch.mlp_norm)}.weight"
 
 
+def head_norm_names(arch: Arch, layer: int) -> tuple[str, ...]:
+    """Tensor names of a block's norms [head_dim] of queries and keys; none for families without."""
+    return tuple(f"{arch.module(layer, name)}.weight" for name in (arch.q_norm, arch.k_norm) if name)
+
+
 def float_shapes(arch: Arch, sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Every tensor that a float checkpoint of this model holds, with its shape.
 
@@ -140,6 +150,7 @@ def float_shapes(arch: Arch, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         shapes[f"{arch.head}.weight"] = (sizes.vocab, sizes.hidden)
     for layer in range(sizes.layers):
         shapes.update((name, (sizes.hidden,)) for name in norm_names(arch, layer))
+        shapes.update((name, (sizes.head_dim,)) for name in head_norm_names(arch, layer))
         for site in sites(arch, sizes, layer):
             for part in site.parts:
                 shapes[f"{part.module}.weight"] = (part.n, site.k)

@@ -17,6 +17,9 @@ DIBIT_API int dibit_qlinear(const dibit::QWeight* w, const float* x, int64_t m, 
 DIBIT_API int dibit_rms_norm(float* y, const float* x, float* residual, const float* weight, int64_t rows, int64_t k,
                              float eps);
 
+DIBIT_API int dibit_head_norm(float* qkv, const float* q_norm, const float* k_norm, int64_t tokens, int64_t heads,
+                              int64_t kv_heads, int64_t d, float eps);
+
 DIBIT_API int dibit_rope_kv_write(float* q, const float* qkv, const int64_t* positions, const float* cos,
                                   const float* sin, void* k_cache, void* v_cache, const int64_t* slots, int64_t tokens,
                                   int64_t heads, int64_t kv_heads, int64_t d, int64_t half, int64_t table_rows,

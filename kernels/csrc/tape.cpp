@@ -57,6 +57,7 @@ constexpr Op kOps[] = {
     op<dibit_embedding>("dibit_embedding"),
     op<dibit_qlinear>("dibit_qlinear"),
     op<dibit_rms_norm>("dibit_rms_norm"),
+    op<dibit_head_norm>("dibit_head_norm"),
     op<dibit_rope_kv_write>("dibit_rope_kv_write"),
     op<dibit_paged_attention>("dibit_paged_attention"),
     op<dibit_silu_mul>("dibit_silu_mul"),

@@ -59,7 +59,7 @@ class AffineQuant:
     transform_rate    learning rate of the logarithms of the scales
     alpha             share of the inputs, against the weights, in the first scales
     values            learn matrices between v and o
-    pairs             learn angles of q and k
+    pairs             learn angles of q and k, in models that do not normalize them
     affine_rate       learning rate of the matrices, before the stability factor, and of the angles
     stability         factor on what stands beside the diagonal of the matrices
     stages            how many times the band that is learned grows, from beside the diagonal to the whole matrix
@@ -149,7 +149,8 @@ class AffineQuant:
                 steps=self.affine_steps,
             )
             found.append(ValueMixing(mixing))
-        if self.pairs:
+        # Norms of q and k have a weight for each of a pair's dimensions, so that a turn before them is not one after.
+        if self.pairs and not job.block.head_norms:
             found.append(PairTurning(sizes, rate=self.affine_rate))
         return found
 

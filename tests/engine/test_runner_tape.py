@@ -129,6 +129,16 @@ def test_every_width(formats: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taped.runner.taped_steps > 5
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_other_families(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = load_decoder(
+        quantized(weights_of(hf_model(family, head_dim=16)), Format(4, 16)), config=EngineConfig(block_size=4)
+    )
+    taped = serve(decoder, requests_of(3), monkeypatch)
+    same(taped, serve(decoder, requests_of(3), monkeypatch, tape=False))
+    assert taped.runner.taped_steps > 5
+
+
 @pytest.mark.parametrize("activation_bits", [4, 6, 8])
 def test_low_bit_activations_and_fractional_zero_points(activation_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = quantized(weights_of(hf_model(tie_word_embeddings=True)), Format(2, 16, "fractional"))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dibit.kernels import native
 from dibit.kernels.contract import ContractError
-from dibit.kernels.norm import add_rms_norm_reference, rms_norm_reference
-from dibit.kernels.norm_cpu import add_rms_norm, rms_norm
+from dibit.kernels.norm import add_rms_norm_reference, head_norm_reference, rms_norm_reference
+from dibit.kernels.norm_cpu import add_rms_norm, head_norm, rms_norm
 
 NAN = float("nan")
 EPS = 1e-5
@@ -86,6 +86,32 @@ def test_nan_and_infinity_stay_in_their_row(isa: str, value: float) -> None:
         assert y[1, column].isnan()
         assert torch.equal(y.isnan(), rms_norm_reference(dirty, weight, EPS).isnan())
         assert torch.equal(y[::2], clean[::2])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("t", "heads", "kv_heads", "d"), [(1, 9, 3, 64), (7, 2, 2, 6), (70, 4, 1, 128), (0, 1, 1, 8)])
+def test_head_norm(isa: str, t: int, heads: int, kv_heads: int, d: int, threads: int) -> None:
+    native.set_threads(threads)
+    memory, qkv = guarded(t, (heads + 2 * kv_heads) * d)
+    qkv.copy_(torch.randn(qkv.shape) * 3)
+    q_norm, k_norm, values = torch.randn(d), torch.randn(d), qkv[:, (heads + kv_heads) * d :].clone()
+    expected = head_norm_reference(qkv, q_norm, k_norm, heads, EPS)
+    single = torch.cat([head_norm(row[None].clone(), q_norm, k_norm, heads, EPS) for row in qkv] or [expected])
+    y = head_norm(qkv, q_norm, k_norm, heads, EPS)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(y, single), "a token's bits depend on the step"
+    assert torch.equal(y[:, (heads + kv_heads) * d :], values)
+    assert memory[0].eq(7.0).all()
+    assert memory[-1].eq(7.0).all()
+
+
+def test_head_norm_refuses() -> None:
+    qkv, norm = torch.randn(2, 40), torch.ones(8)
+    for bad in (qkv.double(), qkv[:, ::2], torch.randn(2, 32), torch.randn(2, 24)):
+        with pytest.raises(ContractError, match="head_norm"):
+            head_norm(bad, norm, norm, 3, EPS)
+    with pytest.raises(ContractError, match="k_norm"):
+        head_norm(qkv, norm, norm[:4], 3, EPS)
 
 
 def test_a_row_of_zeros_is_zero(isa: str) -> None:

@@ -52,6 +52,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn-gain": ("llama", {"rope_parameters": {**YARN, "attention_factor": 0.9, "beta_fast": 16, "truncate": False}}),
     "yarn-mscale": ("llama", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}),
     "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3-bias": ("qwen3", {"head_dim": 24, "attention_bias": True, "num_key_value_heads": 3}),
 }
 BACKENDS = [
     "reference",

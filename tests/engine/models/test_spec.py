@@ -132,7 +132,7 @@ def test_what_changes_nothing_is_accepted(extra: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("config", [{"architectures": ["GPT2LMHeadModel"]}, {"model_type": "gpt2"}, {}])
 def test_unknown_architectures_are_refused_with_the_list(config: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match="LlamaForCausalLM, MistralForCausalLM"):
+    with pytest.raises(CheckpointError, match="LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
         resolve_arch(config)
 
 
@@ -145,6 +145,18 @@ def test_mistral_without_its_window_only() -> None:
             resolve_arch({**MISTRAL, **window})
     with pytest.raises(CheckpointError, match="attention_bias"):
         resolve_arch({**MISTRAL, "sliding_window": None, "attention_bias": True})
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_qwen_with_its_window_switched_off_only(name: str) -> None:
+    config = {**LLAMA, "architectures": [name], "max_position_embeddings": 512, "max_window_layers": 1}
+    # Written by the family's tools even where nothing uses it.
+    off = {**config, "sliding_window": 64, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}
+    sizes = resolve_arch(off)[1]
+    assert (sizes.qkv_bias, sizes.o_bias) == (name == "Qwen2ForCausalLM", False)
+    assert resolve_arch({**config, "sliding_window": 512, "use_sliding_window": True})[1] == sizes
+    with pytest.raises(CheckpointError, match=r"sliding_window is 64.*not supported"):
+        resolve_arch({**off, "use_sliding_window": True})
 
 
 def test_sites_list_every_linear_once() -> None:

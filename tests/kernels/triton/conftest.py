@@ -22,6 +22,7 @@ else:
     try:
         import dibit.kernels.triton.attention
         import dibit.kernels.triton.fused
+        import dibit.kernels.triton.head_norm
         import dibit.kernels.triton.qlinear
         import dibit.kernels.triton.small  # noqa: F401
     finally:
