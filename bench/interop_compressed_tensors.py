@@ -155,7 +155,7 @@ def _greedy(checkpoint_dir: Path) -> list[int]:
     from dibit.engine.batch import build_batch
     from dibit.engine.checkpoint import open_checkpoint
     from dibit.engine.config import EngineConfig, SamplingParams
-    from dibit.engine.kv_cache import allocate
+    from dibit.engine.kv_cache import TYPES, allocate
     from dibit.engine.loader import load_decoder
     from dibit.engine.request import Request
     from dibit.engine.step import Chunk, Step
@@ -166,7 +166,7 @@ def _greedy(checkpoint_dir: Path) -> list[int]:
     cos, sin = decoder.sizes.rope.tables(decoder.sizes.max_positions)
     ids = list(PROMPT)
     for _ in range(TOKENS):
-        cache = allocate(decoder.sizes, num_blocks=8, block_size=16, dtype=torch.float32)
+        cache = allocate(decoder.sizes, num_blocks=8, block_size=16, stored=TYPES["float32"])
         request = Request(id="r", prompt_ids=tuple(ids), params=SamplingParams(), max_tokens=1, seed=0)
         request.block_ids = list(range(4))
         with torch.inference_mode():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from dibit.engine import numa
 from dibit.engine.errors import ConfigError, RequestError
@@ -14,7 +14,7 @@ Device = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "cpu", "triton", "reference"]
 GPTQZero = Literal["auto", "v1", "v2"]
 Speculative = Literal["off", "ngram"]
-KVType = Literal["auto", "float32", "float16", "bfloat16"]
+KVType = Literal["auto", "float32", "float16", "bfloat16", "int8", "k8v4", "int4"]
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -36,7 +36,8 @@ class EngineConfig:
     kv_bytes          size of the KV cache (None: what max_num_seqs full-length sequences need, at most
                       kv_memory_share of free memory)
     kv_memory_share   share of the free memory that the KV cache may take when kv_bytes is not given
-    kv_type           element type of the KV cache ("auto": float16 under low-bit weights, float32 under float weights)
+    kv_type           element type of the KV cache: float32, float16, bfloat16; int8 or int4 codes with scales; k8v4:
+                      keys in int8, values in int4 ("auto": float16 under low-bit weights, float32 under float weights)
     head_bits         bits at which the token embedding and head are held under low-bit weights; 16 keeps the
                       checkpoint's floats
     gptq_zero         how a GPTQ checkpoint stores its zero points: v1 (minus one), v2, or "auto" to decide
@@ -115,7 +116,7 @@ class EngineConfig:
             ("backend", ("auto", "cpu", "triton", "reference")),
             ("gptq_zero", ("auto", "v1", "v2")),
             ("speculative", ("off", "ngram")),
-            ("kv_type", ("auto", "float32", "float16", "bfloat16")),
+            ("kv_type", get_args(KVType)),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; supported: {', '.join(allowed)}")

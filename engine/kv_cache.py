@@ -14,17 +14,24 @@ from torch import Tensor
 
 from dibit.engine.config import KVType
 from dibit.engine.models.spec import Sizes
+from dibit.kernels.kv import INT4, INT8, row_width
 
-DTYPES: dict[KVType, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
+Stored = tuple[torch.dtype, torch.dtype]
+"""Element types of keys and of values (kernels/kv.py)."""
+
+TYPES: dict[KVType, Stored] = {
+    "float32": (torch.float32, torch.float32),
+    "float16": (torch.float16, torch.float16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "int8": (INT8, INT8),
+    "k8v4": (INT8, INT4),
+    "int4": (INT4, INT4),
 }
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """k and v of each layer: [blocks, KH, block_size, D]."""
+    """k and v of each layer: [blocks, KH, block_size, W], rows as in kernels/kv.py."""
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
@@ -42,31 +49,32 @@ class KVCache:
         return sum(t.nbytes for t in self.k + self.v)
 
 
-def kv_dtype(kv_type: KVType, *, quantized: bool) -> torch.dtype:
-    """The element type that a setting means: "auto" is float16 under low-bit weights and float32 under floats."""
+def kv_types(kv_type: KVType, *, quantized: bool) -> Stored:
+    """What a setting means: "auto" is float16 under low-bit weights and float32 under floats."""
     if kv_type == "auto":
-        return torch.float16 if quantized else torch.float32
-    return DTYPES[kv_type]
+        return TYPES["float16" if quantized else "float32"]
+    return TYPES[kv_type]
 
 
-def block_bytes(sizes: Sizes, *, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers, keys and values."""
-    return 2 * sizes.layers * sizes.kv_width * block_size * dtype.itemsize
+def block_bytes(sizes: Sizes, *, block_size: int, stored: Stored) -> int:
+    """Of one block over all layers, keys and values. Raises ContractError for a head dim that has no such rows."""
+    row = sum(row_width(sizes.head_dim, own) * own.itemsize for own in stored)
+    return sizes.layers * sizes.kv_heads * block_size * row
 
 
 def allocate(
-    sizes: Sizes, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | None = None
+    sizes: Sizes, *, num_blocks: int, block_size: int, stored: Stored, device: torch.device | None = None
 ) -> KVCache:
     """An empty cache. On the CPU the system backs its pages as they are first written."""
-    shape = (num_blocks, sizes.kv_heads, block_size, sizes.head_dim)
 
-    def empty() -> Tensor:
+    def empty(dtype: torch.dtype) -> Tensor:
+        shape = (num_blocks, sizes.kv_heads, block_size, row_width(sizes.head_dim, dtype))
         if device is not None and device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
         # torch.zeros writes every page of a cache of which a fraction will be used; numpy asks for zeroed ones.
         return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
-    def layers() -> tuple[Tensor, ...]:
-        return tuple(empty() for _ in range(sizes.layers))
+    def layers(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(empty(dtype) for _ in range(sizes.layers))
 
-    return KVCache(k=layers(), v=layers())
+    return KVCache(k=layers(stored[0]), v=layers(stored[1]))

@@ -14,11 +14,12 @@ import torch
 
 from dibit.engine.config import EngineConfig
 from dibit.engine.errors import ConfigError
-from dibit.engine.kv_cache import block_bytes, kv_dtype
+from dibit.engine.kv_cache import Stored, block_bytes, kv_types
 from dibit.engine.loader import body_format, head_format, resolve_device
 from dibit.engine.models import resolve_arch
-from dibit.engine.models.spec import Arch, LinearSite, Sizes, sites
+from dibit.engine.models.spec import Arch, LinearSite, Sizes, head_norm_names, sites
 from dibit.engine.models.weights import Weights
+from dibit.kernels.contract import ContractError
 from dibit.kernels.dispatch import NoKernel, resolve
 from dibit.kernels.formats import Format
 from dibit.kernels.triton.layout import nbytes as triton_bytes
@@ -38,7 +39,7 @@ class CacheSize:
     max_model_len: int
     num_blocks: int
     block_bytes: int
-    dtype: torch.dtype
+    stored: Stored
     note: str | None = None
 
     @property
@@ -134,8 +135,8 @@ def size_cache(sizes: Sizes, config: EngineConfig, *, quantized: bool, free_byte
     Raises ConfigError with the numbers when a setting cannot hold: a context beyond the model's, or a cache that has
     no room for one sequence of the length that was asked for.
     """
-    dtype = kv_dtype(config.kv_type, quantized=quantized)
-    per_block = block_bytes(sizes, block_size=config.block_size, dtype=dtype)
+    stored = kv_types(config.kv_type, quantized=quantized)
+    per_block = _block_bytes(sizes, config, stored)
     longest = config.max_model_len or sizes.max_positions
     if longest > sizes.max_positions:
         raise ConfigError(
@@ -167,7 +168,22 @@ def size_cache(sizes: Sizes, config: EngineConfig, *, quantized: bool, free_byte
         longest = affordable * config.block_size
         note = f"{found}; the context is limited to {longest} tokens"
     blocks = affordable if config.kv_bytes is not None else min(affordable, needed * config.max_num_seqs)
-    return CacheSize(longest, blocks, per_block, dtype, note)
+    return CacheSize(longest, blocks, per_block, stored, note)
+
+
+def _block_bytes(sizes: Sizes, config: EngineConfig, stored: Stored) -> int:
+    """Raises ConfigError where the model's heads, or the backend, have no such cache."""
+    if not stored[0].is_floating_point:
+        attention = resolve("paged_attention", device=resolve_device(config).type, backend=config.backend)
+        if attention.backend == "triton":
+            raise ConfigError(
+                f"kv_type is {config.kv_type!r}, which the triton backend has no kernels for yet; it has float32, "
+                "float16 and bfloat16"
+            )
+    try:
+        return block_bytes(sizes, block_size=config.block_size, stored=stored)
+    except ContractError as error:
+        raise ConfigError(f"kv_type is {config.kv_type!r}: {error}") from error
 
 
 def activation_bytes(sizes: Sizes, config: EngineConfig, *, max_model_len: int) -> int:
@@ -200,6 +216,7 @@ def plan_memory(
     free = free_memory(resolve_device(config)) if free_bytes is None else free_bytes
     ends = _end_bytes(weights, arch, sizes, config, quantized=quantized)
     norms = 4 * sizes.hidden * (2 * sizes.layers + 1)
+    norms += 4 * sizes.head_dim * sum(len(head_norm_names(arch, layer)) for layer in range(sizes.layers))
     linears = sum(
         _site_bytes(weights, site, config) for layer in range(sizes.layers) for site in sites(arch, sizes, layer)
     )
@@ -207,7 +224,7 @@ def plan_memory(
     work = activation_bytes(sizes, config, max_model_len=config.max_model_len or sizes.max_positions)
     after = free - held - work
     refusal = None
-    per_block = block_bytes(sizes, block_size=config.block_size, dtype=kv_dtype(config.kv_type, quantized=quantized))
+    per_block = _block_bytes(sizes, config, kv_types(config.kv_type, quantized=quantized))
     try:
         if after < 0:
             raise ConfigError(

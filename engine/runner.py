@@ -77,7 +77,7 @@ class ModelRunner:
             sizes,
             num_blocks=size.num_blocks,
             block_size=config.block_size,
-            dtype=size.dtype,
+            stored=size.stored,
             device=decoder.device,
         )
         self.taped_steps = 0

@@ -1,7 +1,7 @@
 """Causal attention of a step's tokens over a paged KV cache: decode, prefill and chunked prefill are one op.
 
     q             [T, H D]  rotated queries of all sequences, one after another
-    k_cache       [blocks, KH, block_size, D] float32 | float16 | bfloat16 (v_cache alike); H a multiple of KH
+    k_cache       [blocks, KH, block_size, W] rows as in kv.py (v_cache alike); H a multiple of KH
     cu_seqlens    [B + 1] int32   first token of each sequence in q; cu_seqlens[B] = T
     seq_lens      [B] int32       keys of each sequence, this step's tokens included
     block_tables  [B, max_blocks] int32   block of the sequence's keys i * block_size ...; entries past the end unread
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dibit.kernels.contract import ContractError, Dims
+from dibit.kernels.kv import check_cache, head_dim, load_rows
 
 
 def check_paged_attention(
@@ -33,19 +34,19 @@ def check_paged_attention(
     out: Tensor | None,
     *,
     reals: Iterable[torch.dtype],
-    cache_reals: Iterable[torch.dtype],
+    cache_types: frozenset[torch.dtype],
 ) -> None:
-    """Raises ContractError for shapes, dtypes other than `reals` of q and `cache_reals` of the cache, and strides."""
+    """Raises ContractError for shapes, dtypes other than `reals` of q and `cache_types` of the cache, and strides."""
     dims = Dims("paged_attention")
     dims.check("q", q, "T W", reals)
-    dims.check("k_cache", k_cache, "blocks KH block_size D", cache_reals)
-    dims.check("v_cache", v_cache, "blocks KH block_size D", (k_cache.dtype,))
+    d = head_dim(k_cache)
+    check_cache(dims, k_cache, v_cache, d, types=cache_types)
     dims.check("seq_lens", seq_lens, "B", (torch.int32,))
     dims.check("block_tables", block_tables, "B max_blocks", (torch.int32,), contiguous=False)
     Dims("paged_attention", **{"B+1": seq_lens.shape[0] + 1}).check("cu_seqlens", cu_seqlens, "B+1", (torch.int32,))
     if out is not None:
         dims.check("out", out, "T W", (q.dtype,))
-    width, (_, kv_heads, _, d) = q.shape[1], k_cache.shape
+    width, kv_heads = q.shape[1], k_cache.shape[1]
     if width % d or width // d % kv_heads:
         raise ContractError(f"paged_attention: q has {width} columns; expected a multiple of KH * D = {kv_heads} * {d}")
     if block_tables.stride(1) != 1:
@@ -61,14 +62,15 @@ def paged_attention_reference(
     block_tables: Tensor,
     scale: float,
 ) -> Tensor:
-    _, kv_heads, block_size, d = k_cache.shape
+    d, block_size = head_dim(k_cache), k_cache.shape[2]
     heads = q.shape[1] // d
     out = torch.empty_like(q)
     for b in range(seq_lens.shape[0]):
         start, stop, length = int(cu_seqlens[b]), int(cu_seqlens[b + 1]), int(seq_lens[b])
         table = block_tables[b, : -(-length // block_size)].long()
-        keys = k_cache[table].transpose(0, 1).reshape(kv_heads, -1, d)[:, :length]
-        values = v_cache[table].transpose(0, 1).reshape(kv_heads, -1, d)[:, :length]
+        keys, values = (
+            load_rows(cache[table].transpose(0, 1).flatten(1, 2)[:, :length], d) for cache in (k_cache, v_cache)
+        )
         queries = q[start:stop].view(stop - start, heads, d).transpose(0, 1)
         attended = causal_attention(queries, keys, values, scale)
         out[start:stop] = attended.transpose(0, 1).reshape(stop - start, heads * d)

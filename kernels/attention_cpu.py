@@ -1,4 +1,4 @@
-"""Paged attention in C++ (csrc/attention.cpp): float32 queries, a float32, float16 or bfloat16 cache. Contract in
+"""Paged attention in C++ (csrc/attention.cpp): float32 queries, a cache of any type of kv.py. Contract in
 attention.py, its bitwise invariance included: threads, batch, chunks and block numbers leave no trace in a result.
 
 Lengths and block numbers are checked before anything is read.
@@ -15,6 +15,7 @@ from torch import Tensor
 from dibit.kernels import native, tape
 from dibit.kernels.attention import check_paged_attention
 from dibit.kernels.contract import ContractError
+from dibit.kernels.kv import head_dim, paired, row_width
 from dibit.kernels.rope_cpu import CACHE_REALS
 
 _F32, _I32 = torch.float32, torch.int32
@@ -23,7 +24,7 @@ _F32, _I32 = torch.float32, torch.int32
 @functools.cache
 def _entry() -> Callable[..., int]:
     p, n = native.POINTER, native.INT
-    return native.entry("dibit_paged_attention", *([p] * 7), *([n] * 9), n, native.FLOAT)
+    return native.entry("dibit_paged_attention", *([p] * 7), *([n] * 11), native.FLOAT)
 
 
 def paged_attention(
@@ -42,7 +43,8 @@ def paged_attention(
     The rows of `block_tables` may be part of a wider table. Raises ContractError for shapes and dtypes, NativeError
     for lengths or block numbers that do not fit.
     """
-    blocks, kv_heads, block_size, d = k_cache.shape
+    blocks, kv_heads, block_size, _ = k_cache.shape
+    d = head_dim(k_cache)
     tokens, sequences = q.shape[0], seq_lens.shape[0]
     heads = q.shape[1] // d
     fits = (
@@ -51,10 +53,13 @@ def paged_attention(
         and heads * d == q.shape[1]
         and heads % kv_heads == 0
         and k_cache.dtype in CACHE_REALS
-        and v_cache.dtype is k_cache.dtype
+        and v_cache.dtype in CACHE_REALS
+        and paired(k_cache.dtype, v_cache.dtype)
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
-        and v_cache.shape == k_cache.shape
+        and v_cache.shape[:3] == k_cache.shape[:3]
+        and k_cache.shape[3] == row_width(d, k_cache.dtype)
+        and v_cache.shape[3] == row_width(d, v_cache.dtype)
         and cu_seqlens.dtype is _I32
         and seq_lens.dtype is _I32
         and block_tables.dtype is _I32
@@ -94,6 +99,7 @@ def paged_attention(
         blocks,
         block_size,
         CACHE_REALS[k_cache.dtype],
+        CACHE_REALS[v_cache.dtype],
         scale,
     )
     if status:
@@ -136,6 +142,6 @@ def _refuse(
         block_tables,
         out,
         reals=(_F32,),
-        cache_reals=CACHE_REALS,
+        cache_types=frozenset(CACHE_REALS),
     )
     raise ContractError("paged_attention: every tensor must be on the CPU")

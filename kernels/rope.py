@@ -3,7 +3,7 @@
     qkv        [T, (H + 2 KH) D]  query heads, then key heads, then value heads
     positions  [T] int64          position of each token in its sequence
     cos, sin   [P, D/2] float32   tables over positions (models/spec.py makes them from the rope scaling)
-    k_cache    [blocks, KH, block_size, D]   (v_cache alike)
+    k_cache    [blocks, KH, block_size, W]   (v_cache alike) rows as in kv.py, of one type each
     slots      [T] int64          block * block_size + offset; -1 writes nothing (padding)
     q          [T, H D] dtype of qkv
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dibit.kernels.contract import ContractError, Dims
+from dibit.kernels.kv import check_cache, head_dim, store_rows
 
 
 def check_rope_kv_write(
@@ -33,18 +34,17 @@ def check_rope_kv_write(
     out: Tensor | None = None,
     *,
     reals: Iterable[torch.dtype],
-    cache_reals: Iterable[torch.dtype],
+    cache_types: frozenset[torch.dtype],
 ) -> None:
-    """Raises ContractError for shapes, strides, and dtypes other than `reals` of qkv and `cache_reals` of the cache."""
-    _, kv_heads, _, d = k_cache.shape
-    dims = Dims("rope_kv_write", W=(heads + 2 * kv_heads) * d, O=heads * d)
+    """Raises ContractError for shapes, strides, and dtypes other than `reals` of qkv and `cache_types` of the cache."""
+    d = head_dim(k_cache)
+    dims = Dims("rope_kv_write", W=(heads + 2 * k_cache.shape[1]) * d, O=heads * d)
     dims.check("qkv", qkv, "T W", reals)
     dims.check("positions", positions, "T", (torch.int64,))
     dims.check("slots", slots, "T", (torch.int64,))
     dims.check("cos", cos, "P R/2", (torch.float32,))
     dims.check("sin", sin, "P R/2", (torch.float32,))
-    dims.check("k_cache", k_cache, "blocks KH block_size D", cache_reals)
-    dims.check("v_cache", v_cache, "blocks KH block_size D", (k_cache.dtype,))
+    check_cache(dims, k_cache, v_cache, d, types=cache_types)
     if out is not None:
         dims.check("out", out, "T O", (qkv.dtype,))
     if 2 * cos.shape[1] > d:
@@ -85,6 +85,6 @@ def rope_kv_write_reference(
     q, k = rotate(q, c, s), rotate(k, c, s)
     kept = slots >= 0
     block, offset = slots[kept] // block_size, slots[kept] % block_size
-    k_cache[block, :, offset] = k[kept].to(k_cache.dtype)
-    v_cache[block, :, offset] = v[kept].to(v_cache.dtype)
+    k_cache[block, :, offset] = store_rows(k[kept], k_cache.dtype)
+    v_cache[block, :, offset] = store_rows(v[kept], v_cache.dtype)
     return q.flatten(1)

@@ -1,6 +1,6 @@
 """Rotary embedding and the KV write in C++ (csrc/rope.cpp). Contract in rope.py.
 
-Activations and tables are float32; the cache is float32, float16 or bfloat16, rounded to nearest even as torch rounds.
+Activations and tables are float32; the cache is of any type of kv.py, rounded to nearest even as torch rounds.
 A position or a slot out of range is refused before anything is written.
 """
 
@@ -14,9 +14,16 @@ from torch import Tensor
 
 from dibit.kernels import native, tape
 from dibit.kernels.contract import ContractError
+from dibit.kernels.kv import INT4, INT8, head_dim, paired, row_width
 from dibit.kernels.rope import check_rope_kv_write
 
-CACHE_REALS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Real in csrc/vec_bodies.h
+CACHE_REALS = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    INT8: 3,
+    INT4: 4,
+}  # enum Real in csrc/vec_bodies.h
 
 _F32, _I64 = torch.float32, torch.int64
 
@@ -24,7 +31,7 @@ _F32, _I64 = torch.float32, torch.int64
 @functools.cache
 def _entry() -> Callable[..., int]:
     p, n = native.POINTER, native.INT
-    return native.entry("dibit_rope_kv_write", *([p] * 8), *([n] * 8), n)
+    return native.entry("dibit_rope_kv_write", *([p] * 8), *([n] * 10))
 
 
 def rope_kv_write(
@@ -44,7 +51,8 @@ def rope_kv_write(
     Raises ContractError for shapes and dtypes, NativeError for a position outside the tables or a slot outside the
     cache.
     """
-    blocks, kv_heads, block_size, d = k_cache.shape
+    blocks, kv_heads, block_size, _ = k_cache.shape
+    d = head_dim(k_cache)
     tokens, half = qkv.shape[0], cos.shape[1]
     fits = (
         qkv.dtype is _F32
@@ -62,10 +70,13 @@ def rope_kv_write(
         and cos.shape == sin.shape
         and 2 * half <= d
         and k_cache.dtype in CACHE_REALS
-        and v_cache.dtype is k_cache.dtype
+        and v_cache.dtype in CACHE_REALS
+        and paired(k_cache.dtype, v_cache.dtype)
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
-        and v_cache.shape == k_cache.shape
+        and v_cache.shape[:3] == k_cache.shape[:3]
+        and k_cache.shape[3] == row_width(d, k_cache.dtype)
+        and v_cache.shape[3] == row_width(d, v_cache.dtype)
         and qkv.is_cpu
         and k_cache.is_cpu
         and v_cache.is_cpu
@@ -98,6 +109,7 @@ def rope_kv_write(
         blocks,
         block_size,
         CACHE_REALS[k_cache.dtype],
+        CACHE_REALS[v_cache.dtype],
     )
     if status == 1:
         raise native.NativeError(
@@ -124,6 +136,6 @@ def _refuse(
     out: Tensor,
 ) -> None:
     check_rope_kv_write(
-        qkv, positions, cos, sin, k_cache, v_cache, slots, heads, out, reals=(_F32,), cache_reals=CACHE_REALS
+        qkv, positions, cos, sin, k_cache, v_cache, slots, heads, out, reals=(_F32,), cache_types=frozenset(CACHE_REALS)
     )
     raise ContractError("rope_kv_write: every tensor must be on the CPU")

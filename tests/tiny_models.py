@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dibit.engine.batch import build_batch
-from dibit.engine.config import SamplingParams
-from dibit.engine.kv_cache import allocate
+from dibit.engine.config import KVType, SamplingParams
+from dibit.engine.kv_cache import TYPES, allocate
 from dibit.engine.models import resolve_arch
 from dibit.engine.models.decoder import Decoder
 from dibit.engine.models.spec import sites
@@ -142,11 +142,12 @@ def dequantized(weights: MemoryWeights, model: Any) -> Any:
 class Paged:
     """Runs a decoder step by step over a cache that is full of NaN until written, in blocks out of order."""
 
-    def __init__(self, decoder: Decoder, *, block_size: int = 4, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, decoder: Decoder, *, block_size: int = 4, kv_type: KVType = "float32") -> None:
         self.decoder = decoder
-        self.cache = allocate(decoder.sizes, num_blocks=96, block_size=block_size, dtype=dtype)
+        self.cache = allocate(decoder.sizes, num_blocks=96, block_size=block_size, stored=TYPES[kv_type])
         for tensor in self.cache.k + self.cache.v:
-            tensor.fill_(float("nan"))
+            # 0x7f7f is NaN in float16, as the scales of codes.
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0x7F)
         self.free = list(range(96))
         random.Random(3).shuffle(self.free)
         self.cos, self.sin = decoder.sizes.rope.tables(decoder.sizes.max_positions)

@@ -34,12 +34,14 @@ struct Problem {
   const int32_t *cu_seqlens, *seq_lens, *block_tables;
   int64_t tokens, sequences, table_stride, table_width;
   int64_t heads, kv_heads, d, blocks, block_size;
-  Real real;
+  Real key_real, value_real;
   float scale;
 
   int64_t group() const { return heads / kv_heads; }
   int64_t width() const { return (d + kLaneFloats - 1) / kLaneFloats * kLaneFloats; }
-  int64_t row_bytes() const { return d * (real == Real::f32 ? 4 : 2); }
+  int64_t key_bytes() const { return row_bytes(key_real, d); }
+  int64_t value_bytes() const { return row_bytes(value_real, d); }
+  bool floats() const { return key_real == Real::f32 && value_real == Real::f32; }
   static constexpr int64_t kLaneFloats = 8;
 };
 
@@ -246,26 +248,27 @@ class Step {
   }
 
   void attend_rows(const RowTile& tile, int64_t begin, int64_t count, const Scratch& s, const States& states) const {
-    const int64_t width = p_.width(), row_bytes = p_.row_bytes();
-    const bool in_place = width == p_.d && (p_.real == Real::f32 || tile.rows <= bodies_.register_rows);
+    const int64_t width = p_.width();
+    const bool in_place = width == p_.d && (p_.floats() || tile.rows <= bodies_.register_rows);
     const void *keys[kKeyTile], *values[kKeyTile];
     for (int64_t j = 0; j < count;) {
       const Run run = run_of(tile, begin + j, count - j);
       const char *k = run.keys, *v = run.values;
-      int64_t stride = row_bytes;
+      int64_t key_stride = p_.key_bytes(), value_stride = p_.value_bytes();
       if (!in_place) {
         float* wide = s.rows + j * width;
         widen(run, wide);
         k = reinterpret_cast<const char*>(wide);
         v = reinterpret_cast<const char*>(wide + kKeyTile * width);
-        stride = width * sizeof(float);
+        key_stride = value_stride = width * sizeof(float);
       }
-      for (int64_t i = 0; i < run.count; ++i, ++j) keys[j] = k + i * stride, values[j] = v + i * stride;
+      for (int64_t i = 0; i < run.count; ++i, ++j) keys[j] = k + i * key_stride, values[j] = v + i * value_stride;
     }
     for (int64_t j = count; j < kKeyTile; ++j) keys[j] = keys[0], values[j] = values[0];
     const int64_t ahead = begin + kKeyTile;
     if (ahead < tile.keys) fetch(tile, ahead, std::min<int64_t>(kKeyTile, tile.keys - ahead));
-    bodies_.attend({keys, values, in_place ? p_.real : Real::f32, s.visible, static_cast<int>(tile.rows),
+    const Real key_real = in_place ? p_.key_real : Real::f32, value_real = in_place ? p_.value_real : Real::f32;
+    bodies_.attend({keys, values, key_real, value_real, s.visible, static_cast<int>(tile.rows),
                     static_cast<int>(width), s.q, s.score, s.factor, states.peak, states.total, states.acc});
   }
 
@@ -297,26 +300,25 @@ class Step {
   Run run_of(const RowTile& tile, int64_t key, int64_t most) const {
     const int32_t* table = p_.block_tables + tile.sequence * p_.table_stride;
     const int64_t block = key / p_.block_size, within = key % p_.block_size;
-    const int64_t byte = ((table[block] * p_.kv_heads + tile.kv_head) * p_.block_size + within) * p_.row_bytes();
-    return {static_cast<const char*>(p_.k_cache) + byte, static_cast<const char*>(p_.v_cache) + byte,
-            std::min(most, p_.block_size - within)};
+    const int64_t row = (table[block] * p_.kv_heads + tile.kv_head) * p_.block_size + within;
+    return {static_cast<const char*>(p_.k_cache) + row * p_.key_bytes(),
+            static_cast<const char*>(p_.v_cache) + row * p_.value_bytes(), std::min(most, p_.block_size - within)};
   }
 
   // The run's keys as floats from `wide` on, its values kKeyTile rows further.
   void widen(const Run& run, float* wide) const {
     const int d = static_cast<int>(p_.d), width = static_cast<int>(p_.width());
-    bodies_.widen(wide, run.keys, p_.real, run.count, d, width);
-    bodies_.widen(wide + kKeyTile * width, run.values, p_.real, run.count, d, width);
+    bodies_.widen(wide, run.keys, p_.key_real, run.count, d, width);
+    bodies_.widen(wide + kKeyTile * width, run.values, p_.value_real, run.count, d, width);
   }
 
   // Blocks lie anywhere, so the hardware's prefetcher loses the stream at each one's end.
   void fetch(const RowTile& tile, int64_t begin, int64_t count) const {
     for (int64_t j = 0; j < count;) {
       const Run run = run_of(tile, begin + j, count - j);
-      for (int64_t byte = 0; byte < run.count * p_.row_bytes(); byte += 64) {
-        __builtin_prefetch(run.keys + byte, 0, 2);
+      for (int64_t byte = 0; byte < run.count * p_.key_bytes(); byte += 64) __builtin_prefetch(run.keys + byte, 0, 2);
+      for (int64_t byte = 0; byte < run.count * p_.value_bytes(); byte += 64)
         __builtin_prefetch(run.values + byte, 0, 2);
-      }
       j += run.count;
     }
   }
@@ -366,11 +368,11 @@ DIBIT_API int dibit_paged_attention(float* out, const float* q, const void* k_ca
                                     const int32_t* cu_seqlens, const int32_t* seq_lens, const int32_t* block_tables,
                                     int64_t tokens, int64_t sequences, int64_t table_stride, int64_t table_width,
                                     int64_t heads, int64_t kv_heads, int64_t d, int64_t blocks, int64_t block_size,
-                                    int64_t cache_real, float scale) {
-  const dibit::Problem problem = {out,          q,           k_cache, v_cache,  cu_seqlens, seq_lens,
-                                  block_tables, tokens,      sequences, table_stride, table_width, heads,
-                                  kv_heads,     d,           blocks,  block_size, static_cast<dibit::Real>(cache_real),
-                                  scale};
+                                    int64_t key_real, int64_t value_real, float scale) {
+  const auto keys = static_cast<dibit::Real>(key_real), values = static_cast<dibit::Real>(value_real);
+  const dibit::Problem problem = {out,       q,         k_cache,      v_cache,     cu_seqlens, seq_lens, block_tables,
+                                  tokens,    sequences, table_stride, table_width, heads,      kv_heads, d,
+                                  blocks,    block_size, keys,        values,      scale};
   const dibit::Status status = dibit::check(problem);
   if (status == dibit::kOk) dibit::Step(problem).run();
   return status;

@@ -4,18 +4,12 @@
 // element is one chain along the keys. Rows and keys are tiled in registers around those chains, which leaves the
 // result's bits alone: a row computed with two others equals the row computed by itself.
 #pragma once
+#include "cache_body.h"
 #include "vec.h"
 #include "vec_bodies.h"
 
 namespace dibit {
 namespace {
-
-template <Real kReal>
-DIBIT_INLINE F8 load_real(const void* p, int64_t i) {
-  if constexpr (kReal == Real::f32) return load(static_cast<const float*>(p) + i);
-  if constexpr (kReal == Real::f16) return load_half(static_cast<const uint16_t*>(p) + i);
-  if constexpr (kReal == Real::bf16) return load_bfloat(static_cast<const uint16_t*>(p) + i);
-}
 
 // acc_r[0, V * 8) = acc_r * factor_r + sum over keys [from, to) of weight_r[j] * value_j.
 template <int R, int V, Real kReal>
@@ -25,10 +19,10 @@ DIBIT_INLINE void weigh_tile(float* acc, int width, const float* factor, const f
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) a[r][v] = mul(load(acc + r * width + column + v * kLanes), splat(factor[r]));
   for (int j = from; j < to; ++j) {
-        F8 w[R];
+    F8 w[R];
     for (int r = 0; r < R; ++r) w[r] = splat(weight[r * kKeyTile + j]);
     for (int v = 0; v < V; ++v) {
-      const F8 x = load_real<kReal>(values[j], column + v * kLanes);
+      const F8 x = load_real<kReal>(values[j], column + v * kLanes, width);
       for (int r = 0; r < R; ++r) a[r][v] = fma(w[r], x, a[r][v]);
     }
   }
@@ -61,7 +55,7 @@ DIBIT_INLINE void dot_four(F8* half, const float* q, const void* const* keys, in
     F8 a[R];
     for (int r = 0; r < R; ++r) a[r] = load(q + r * width + i);
     for (int j = 0; j < 4; ++j) {
-      const F8 key = load_real<kReal>(keys[j], i);
+      const F8 key = load_real<kReal>(keys[j], i, width);
       for (int r = 0; r < R; ++r) acc[r][j] = fma(a[r], key, acc[r][j]);
     }
   }
@@ -78,7 +72,7 @@ DIBIT_INLINE void dot_tile(float* score, const float* q, const void* const* keys
     for (int j = 0; j < 8; ++j) acc[j] = splat(0.0f);
     for (int i = 0; i < width; i += kLanes) {
       const F8 a = load(q + i);
-      for (int j = 0; j < 8; ++j) acc[j] = fma(a, load_real<kReal>(keys[j], i), acc[j]);
+      for (int j = 0; j < 8; ++j) acc[j] = fma(a, load_real<kReal>(keys[j], i, width), acc[j]);
     }
     store(score, join_sums(half_sums(acc[0], acc[1], acc[2], acc[3]), half_sums(acc[4], acc[5], acc[6], acc[7])));
   } else {
@@ -176,19 +170,34 @@ DIBIT_INLINE void by_rows(int rows, Step step) {
 
 // Three passes, so that the long dependent chains of one row's softmax overlap with other rows'.
 template <Real kReal>
-DIBIT_INLINE void attend_real(const KeyTile& t) {
+DIBIT_INLINE void score_tile(const KeyTile& t) {
   by_rows(t.rows, [&](int row, auto run) { score_rows<decltype(run)::count, kReal>(t, row); });
-  for (int row = 0; row < t.rows; ++row)
-    t.factor[row] = t.visible[row] == 0 ? 1.0f
-                                        : softmax_update(t.score + row * kKeyTile, t.visible[row], t.peak + row,
-                                                         t.total + row);
+}
+
+template <Real kReal>
+DIBIT_INLINE void weigh_tile(const KeyTile& t) {
   by_rows(t.rows, [&](int row, auto run) { weigh_rows<decltype(run)::count, kReal>(t, row); });
 }
 
 void attend(const KeyTile& t) {
-  if (t.real == Real::f16) attend_real<Real::f16>(t);
-  else if (t.real == Real::bf16) attend_real<Real::bf16>(t);
-  else attend_real<Real::f32>(t);
+  switch (t.key_real) {
+    case Real::f32: score_tile<Real::f32>(t); break;
+    case Real::f16: score_tile<Real::f16>(t); break;
+    case Real::bf16: score_tile<Real::bf16>(t); break;
+    case Real::i8: score_tile<Real::i8>(t); break;
+    case Real::i4: score_tile<Real::i4>(t); break;
+  }
+  for (int row = 0; row < t.rows; ++row)
+    t.factor[row] = t.visible[row] == 0 ? 1.0f
+                                        : softmax_update(t.score + row * kKeyTile, t.visible[row], t.peak + row,
+                                                         t.total + row);
+  switch (t.value_real) {
+    case Real::f32: weigh_tile<Real::f32>(t); break;
+    case Real::f16: weigh_tile<Real::f16>(t); break;
+    case Real::bf16: weigh_tile<Real::bf16>(t); break;
+    case Real::i8: weigh_tile<Real::i8>(t); break;
+    case Real::i4: weigh_tile<Real::i4>(t); break;
+  }
 }
 
 void merge(float* running_peak, float* total, float* acc, float next_peak, float next_total, const float* next_acc,
@@ -210,29 +219,29 @@ void finish(float* out, const float* acc, float total, int d) {
 
 template <Real kReal>
 DIBIT_INLINE void widen_rows(float* out, const void* rows, int64_t count, int d, int width) {
-  constexpr int64_t kBytes = kReal == Real::f32 ? 4 : 2;
+  const int64_t stride = row_bytes(kReal, d);
   const int whole = d / kLanes * kLanes;
 #ifdef DIBIT_VEC_AVX512
-  if (width == d && width % 16 == 0) {
-    for (int64_t i = 0; i < count * d; i += 16) store(out + i, load_sixteen<kReal>(rows, i));
+  if (kReal != Real::i8 && kReal != Real::i4 && width == d && width % 16 == 0) {
+    for (int64_t i = 0; i < count * d; i += 16) store(out + i, load_sixteen<kReal>(rows, i, d));
     return;
   }
 #endif
   for (int64_t r = 0; r < count; ++r) {
-    const char* row = static_cast<const char*>(rows) + r * d * kBytes;
-    for (int i = 0; i < whole; i += kLanes) store(out + r * width + i, load_real<kReal>(row, i));
-    if (whole < d) {
-      alignas(32) char tail[kLanes * 4] = {};
-      std::memcpy(tail, row + whole * kBytes, (d - whole) * kBytes);
-      store(out + r * width + whole, load_real<kReal>(tail, 0));
-    }
+    const char* row = static_cast<const char*>(rows) + r * stride;
+    for (int i = 0; i < whole; i += kLanes) store(out + r * width + i, load_real<kReal>(row, i, d));
+    if (whole < d) store(out + r * width + whole, load_tail<kReal>(row, whole, d));
   }
 }
 
 void widen(float* out, const void* rows, Real real, int64_t count, int d, int width) {
-  if (real == Real::f16) widen_rows<Real::f16>(out, rows, count, d, width);
-  else if (real == Real::bf16) widen_rows<Real::bf16>(out, rows, count, d, width);
-  else widen_rows<Real::f32>(out, rows, count, d, width);
+  switch (real) {
+    case Real::f32: return widen_rows<Real::f32>(out, rows, count, d, width);
+    case Real::f16: return widen_rows<Real::f16>(out, rows, count, d, width);
+    case Real::bf16: return widen_rows<Real::bf16>(out, rows, count, d, width);
+    case Real::i8: return widen_rows<Real::i8>(out, rows, count, d, width);
+    case Real::i4: return widen_rows<Real::i4>(out, rows, count, d, width);
+  }
 }
 
 }  // namespace

@@ -13,8 +13,8 @@ namespace {
 inline constexpr int kRegisterRows = 6;
 
 template <Real kReal>
-DIBIT_INLINE F16 load_pair(const void* low, const void* high, int64_t i) {
-  if constexpr (kReal != Real::f16) return pair(load_real<kReal>(low, i), load_real<kReal>(high, i));
+DIBIT_INLINE F16 load_pair(const void* low, const void* high, int64_t i, int d) {
+  if constexpr (kReal != Real::f16) return pair(load_real<kReal>(low, i, d), load_real<kReal>(high, i, d));
   const auto half = [i](const void* p) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(p) + i));
   };
@@ -22,8 +22,10 @@ DIBIT_INLINE F16 load_pair(const void* low, const void* high, int64_t i) {
 }
 
 template <Real kReal>
-DIBIT_INLINE F16 load_sixteen(const void* p, int64_t i) {
+DIBIT_INLINE F16 load_sixteen(const void* p, int64_t i, int d) {
   if constexpr (kReal == Real::f32) return load16(static_cast<const float*>(p) + i);
+  if constexpr (kReal == Real::i8 || kReal == Real::i4)
+    return pair(load_real<kReal>(p, i, d), load_real<kReal>(p, i + kLanes, d));
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + i));
   if constexpr (kReal == Real::f16) return _mm512_cvtph_ps(raw);
   return floats(shift_left<16>(_mm512_cvtepu16_epi32(raw)));
@@ -39,7 +41,7 @@ DIBIT_INLINE void dot_tile(float* score, const float* q, const void* const* keys
     F16 a[R];
     for (int r = 0; r < R; ++r) a[r] = twice(q + r * width + i);
     for (int j = 0; j < 4; ++j) {
-      const F16 two = load_pair<kReal>(keys[j], keys[j + 4], i);
+      const F16 two = load_pair<kReal>(keys[j], keys[j + 4], i, width);
       for (int r = 0; r < R; ++r) acc[r][j] = fma(a[r], two, acc[r][j]);
     }
   }
@@ -57,7 +59,7 @@ DIBIT_INLINE void weigh_wide(float* acc, int width, const float* factor, const f
     F16 w[R];
     for (int r = 0; r < R; ++r) w[r] = splat16(weight[r * kKeyTile + j]);
     for (int v = 0; v < V; ++v) {
-      const F16 x = load_sixteen<kReal>(values[j], column + v * 16);
+      const F16 x = load_sixteen<kReal>(values[j], column + v * 16, width);
       for (int r = 0; r < R; ++r) a[r][v] = fma(w[r], x, a[r][v]);
     }
   }

@@ -49,7 +49,7 @@ bool avx512_vnni() { return level().load(std::memory_order_relaxed) >= kAvx512; 
 
 }  // namespace dibit
 
-DIBIT_API int dibit_abi_version() { return 4; }
+DIBIT_API int dibit_abi_version() { return 5; }
 
 DIBIT_API const char* dibit_isa() { return dibit::kNames[dibit::level().load()]; }
 

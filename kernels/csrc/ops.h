@@ -23,13 +23,13 @@ DIBIT_API int dibit_head_norm(float* qkv, const float* q_norm, const float* k_no
 DIBIT_API int dibit_rope_kv_write(float* q, const float* qkv, const int64_t* positions, const float* cos,
                                   const float* sin, void* k_cache, void* v_cache, const int64_t* slots, int64_t tokens,
                                   int64_t heads, int64_t kv_heads, int64_t d, int64_t half, int64_t table_rows,
-                                  int64_t blocks, int64_t block_size, int64_t cache_real);
+                                  int64_t blocks, int64_t block_size, int64_t key_real, int64_t value_real);
 
 DIBIT_API int dibit_paged_attention(float* out, const float* q, const void* k_cache, const void* v_cache,
                                     const int32_t* cu_seqlens, const int32_t* seq_lens, const int32_t* block_tables,
                                     int64_t tokens, int64_t sequences, int64_t table_stride, int64_t table_width,
                                     int64_t heads, int64_t kv_heads, int64_t d, int64_t blocks, int64_t block_size,
-                                    int64_t cache_real, float scale);
+                                    int64_t key_real, int64_t value_real, float scale);
 
 DIBIT_API int dibit_silu_mul(float* y, const float* gate_up, int64_t rows, int64_t width);
 

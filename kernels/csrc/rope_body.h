@@ -1,5 +1,6 @@
 // Rotation of one token's heads, stored as floats or as the cache's reals, for the ISA of the including unit.
 #pragma once
+#include "cache_body.h"
 #include "vec.h"
 #include "vec_bodies.h"
 
@@ -24,12 +25,12 @@ DIBIT_INLINE void store_tail(void* p, int64_t i, const float* values, int n) {
   std::memcpy(static_cast<char*>(p) + i * kBytes, stored, n * kBytes);
 }
 
+// Heads of floats or half floats, `stride` bytes apart.
 template <Real kReal>
 DIBIT_INLINE void rotate_heads(void* dst, int64_t stride, const float* src, int64_t heads, int d, const float* cos,
                                const float* sin, int half) {
-  constexpr int64_t kBytes = kReal == Real::f32 ? 4 : 2;
   for (int64_t h = 0; h < heads; ++h, src += d) {
-    void* out = static_cast<char*>(dst) + h * stride * kBytes;
+    void* out = static_cast<char*>(dst) + h * stride;
     int i = 0;
     for (; i + kLanes <= half; i += kLanes) {
       const F8 a = load(src + i), b = load(src + half + i), c = load(cos + i), s = load(sin + i);
@@ -52,9 +53,16 @@ DIBIT_INLINE void rotate_heads(void* dst, int64_t stride, const float* src, int6
 
 void rotate(void* dst, Real real, int64_t stride, const float* src, int64_t heads, int d, const float* cos,
             const float* sin, int half) {
-  if (real == Real::f16) rotate_heads<Real::f16>(dst, stride, src, heads, d, cos, sin, half);
-  else if (real == Real::bf16) rotate_heads<Real::bf16>(dst, stride, src, heads, d, cos, sin, half);
-  else rotate_heads<Real::f32>(dst, stride, src, heads, d, cos, sin, half);
+  if (real == Real::f16) return rotate_heads<Real::f16>(dst, stride, src, heads, d, cos, sin, half);
+  if (real == Real::bf16) return rotate_heads<Real::bf16>(dst, stride, src, heads, d, cos, sin, half);
+  if (real == Real::f32) return rotate_heads<Real::f32>(dst, stride, src, heads, d, cos, sin, half);
+  alignas(32) float rotated[kMaxRow];
+  for (int64_t h = 0; h < heads; ++h) {
+    void* row = static_cast<char*>(dst) + h * stride;
+    rotate_heads<Real::f32>(rotated, 0, src + h * d, 1, d, cos, sin, half);
+    if (real == Real::i8) store_row<Real::i8>(row, rotated, d);
+    else store_row<Real::i4>(row, rotated, d);
+  }
 }
 
 }  // namespace

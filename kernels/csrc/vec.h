@@ -70,6 +70,18 @@ DIBIT_INLINE F8 load_half(const uint16_t* p) {
 DIBIT_INLINE void store_half(uint16_t* p, F8 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
 }
+DIBIT_INLINE F8 splat_half(uint16_t a) { return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(a))); }
+DIBIT_INLINE float first_of_half(uint16_t a) { return first(splat_half(a)); }
+// Eight signed bytes; eight nibbles, the low one of a byte first.
+DIBIT_INLINE F8 load_i8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+DIBIT_INLINE F8 load_u4(const uint8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  const I8 all = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(all, _mm256_set1_epi32(15)));
+}
 DIBIT_INLINE F8 load_bfloat(const uint16_t* p) {
   const I8 wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return floats(shift_left<16>(wide));
@@ -161,6 +173,18 @@ DIBIT_INLINE uint16_t float_to_half(float a) {
 DIBIT_INLINE F8 load_half(const uint16_t* p) {
   float wide[8];
   for (int i = 0; i < 8; ++i) wide[i] = half_to_float(p[i]);
+  return load(wide);
+}
+DIBIT_INLINE float first_of_half(uint16_t a) { return half_to_float(a); }
+DIBIT_INLINE F8 splat_half(uint16_t a) { return splat(half_to_float(a)); }
+DIBIT_INLINE F8 load_i8(const int8_t* p) {
+  float wide[8];
+  for (int i = 0; i < 8; ++i) wide[i] = static_cast<float>(p[i]);
+  return load(wide);
+}
+DIBIT_INLINE F8 load_u4(const uint8_t* p) {
+  float wide[8];
+  for (int i = 0; i < 8; ++i) wide[i] = static_cast<float>(p[i / 2] >> i % 2 * 4 & 15);
   return load(wide);
 }
 DIBIT_INLINE void store_half(uint16_t* p, F8 a) {

@@ -5,8 +5,20 @@
 
 namespace dibit {
 
-enum class Real : int { f32, f16, bf16 };  // storage of the KV cache, as kernels/attention_cpu.py numbers it
+// Storage of the KV cache, as kernels/kv.py describes and kernels/rope_cpu.py numbers it.
+enum class Real : int { f32, f16, bf16, i8, i4 };
 
+inline constexpr int kCacheGroup = 32;  // elements of a row of i8 or i4 that share a scale
+
+// Of a row of d elements.
+inline int64_t row_bytes(Real real, int64_t d) {
+  const int64_t groups = (d + kCacheGroup - 1) / kCacheGroup;
+  if (real == Real::i8) return d + 2 * groups;
+  if (real == Real::i4) return d / 2 + 4 * groups;
+  return real == Real::f32 ? 4 * d : 2 * d;
+}
+
+inline constexpr int kMaxRow = 1024;
 inline constexpr int kKeyTile = 32;     // keys that one online-softmax update takes in
 inline constexpr float kNoPeak = -3.40282347e38f;  // running maximum before the first key; finite, so that -inf scores
                                                    // weigh 0 instead of making NaN
@@ -14,9 +26,9 @@ inline constexpr float kNoPeak = -3.40282347e38f;  // running maximum before the
 // One tile of keys against some query rows; each row's state (peak, total, acc) is updated in place.
 // A row's arithmetic depends on its own query and the keys it sees only, never on the other rows or on `rows`.
 struct KeyTile {
-  const void* const* keys;     // kKeyTile pointers to `width` reals; past the last key, any valid row
+  const void* const* keys;     // kKeyTile pointers to rows of `width` reals; past the last key, any valid row
   const void* const* values;
-  Real real;
+  Real key_real, value_real;
   const int32_t* visible;      // [rows] keys of the tile that the row sees, 0..kKeyTile
   int rows;
   int width;                   // head dim, rounded up to kLanes with zeros
@@ -56,7 +68,8 @@ struct VecBodies {
   // Rows of d stored reals to rows of `width` floats, zeros past d.
   void (*widen)(float* out, const void* rows, Real real, int64_t count, int d, int width);
 
-  // A token's heads rotated: src [heads, d] to dst + head * stride of `real`s. half = 0 only converts.
+  // A token's heads rotated: src [heads, d] to rows of `real`, `stride` bytes apart. half = 0 only converts.
+  // d is at most kMaxRow where a row is quantized.
   void (*rotate)(void* dst, Real real, int64_t stride, const float* src, int64_t heads, int d, const float* cos,
                  const float* sin, int half);
 

@@ -105,7 +105,7 @@ def attend(
 ) -> Attended:
     """paged_attention, its splits perhaps not joined; `out` is used when they are."""
     check_paged_attention(
-        q, k_cache, v_cache, cu_seqlens, seq_lens, block_tables, out, reals=_REALS, cache_reals=_REALS
+        q, k_cache, v_cache, cu_seqlens, seq_lens, block_tables, out, reals=_REALS, cache_types=frozenset(_REALS)
     )
     _, kv_heads, block_size, d = k_cache.shape
     tokens, sequences = q.shape[0], seq_lens.shape[0]

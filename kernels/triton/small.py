@@ -98,7 +98,9 @@ def rope_kv_write(
     _, kv_heads, block_size, d = k_cache.shape
     # Runs of a product have the shape of its first one.
     seen = qkv if isinstance(qkv, Tensor) else qkv.target[0] if qkv.plan.partial else qkv.target
-    check_rope_kv_write(seen, positions, cos, sin, k_cache, v_cache, slots, heads, reals=_REALS, cache_reals=_REALS)
+    check_rope_kv_write(
+        seen, positions, cos, sin, k_cache, v_cache, slots, heads, reals=_REALS, cache_types=frozenset(_REALS)
+    )
     t = positions.shape[0]
     q = torch.empty(t, heads * d, dtype=seen.dtype, device=seen.device)
     if t:

@@ -124,3 +124,20 @@ def test_free_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pyt
     assert free_memory() == 400
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory() == pytest.approx(unlimited, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "row"), [("float16", 2 * 2 * 64), ("int8", 2 * 68), ("k8v4", 68 + 40), ("int4", 80)]
+)
+def test_a_cache_of_codes_takes_its_bytes(kv_type: Any, row: int) -> None:
+    weights = weights_of(hf_model(head_dim=64))
+    config = EngineConfig(kv_type=kv_type, block_size=4, kv_bytes=1 << 20)
+    assert plan_memory(weights, config=config).kv_bytes_per_token == 2 * 2 * row  # layers, kv heads
+    cache = ModelRunner(load_decoder(weights, config=config), config).cache
+    assert cache.nbytes == cache.num_blocks * 4 * 2 * 2 * row
+
+
+def test_an_odd_head_dim_has_no_codes() -> None:
+    weights = weights_of(hf_model(head_dim=2050))
+    with pytest.raises(ConfigError, match=r"kv_type is 'int8'.*at most 1024, not 2050"):
+        plan_memory(weights, config=EngineConfig(kv_type="int8"))

@@ -12,8 +12,11 @@ from dibit.kernels import native
 from dibit.kernels.attention import paged_attention_reference
 from dibit.kernels.attention_cpu import paged_attention
 from dibit.kernels.contract import ContractError
+from dibit.kernels.kv import load_rows, row_width, store_rows
 
 NAN = float("nan")
+Stored = torch.dtype | tuple[torch.dtype, torch.dtype]
+"""Of keys and values."""
 ROUND = 2.0**-24  # half an ulp of 1 in float32
 
 
@@ -60,14 +63,23 @@ class Step:
     scale: float
 
 
-def paged(sequences: Sequences, block_size: int, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Step:
+def types_of(stored: Stored) -> tuple[torch.dtype, torch.dtype]:
+    return stored if isinstance(stored, tuple) else (stored, stored)
+
+
+def poisoned_cache(*shape: int, d: int, dtype: torch.dtype) -> Tensor:
+    cache = torch.empty(*shape, row_width(d, dtype), dtype=dtype)
+    # 0x7f7f is NaN in float16, as the scales of codes.
+    return cache.fill_(NAN if dtype.is_floating_point else 0x7F)
+
+
+def paged(sequences: Sequences, block_size: int, dtype: Stored = torch.float32, *, seed: int = 0) -> Step:
     """The sequences in scattered blocks; every slot that no key owns is NaN, every table entry past an end is wild."""
     lengths = [k.shape[0] for k in sequences.k]
     needed = [-(-length // block_size) for length in lengths]
     _, kv_heads, d = sequences.k[0].shape
     blocks = sum(needed) + 3
-    k_cache = torch.full((blocks, kv_heads, block_size, d), NAN, dtype=dtype)
-    v_cache = k_cache.clone()
+    k_cache, v_cache = (poisoned_cache(blocks, kv_heads, block_size, d=d, dtype=own) for own in types_of(dtype))
     free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
     tables = torch.full((len(lengths), max(needed) + 2), 1 << 30, dtype=torch.int32)
     for b, length in enumerate(lengths):
@@ -75,8 +87,8 @@ def paged(sequences: Sequences, block_size: int, dtype: torch.dtype = torch.floa
         tables[b, : needed[b]] = torch.tensor(own, dtype=torch.int32)
         block = torch.tensor(own).repeat_interleave(block_size)[:length]
         offset = torch.arange(length) % block_size
-        k_cache[block, :, offset] = sequences.k[b].to(dtype)
-        v_cache[block, :, offset] = sequences.v[b].to(dtype)
+        k_cache[block, :, offset] = store_rows(sequences.k[b], k_cache.dtype)
+        v_cache[block, :, offset] = store_rows(sequences.v[b], v_cache.dtype)
     counts = torch.tensor([0] + [q.shape[0] for q in sequences.q])
     return Step(
         torch.cat(sequences.q).flatten(1),
@@ -100,7 +112,7 @@ def run(step: Step) -> Tensor:
     return out
 
 
-def exact(sequences: Sequences, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def exact(sequences: Sequences, dtype: Stored) -> tuple[Tensor, Tensor]:
     """The float64 result over the stored keys and values, and a bound on a float32 computation's error.
 
     A score is a sum of D products, wrong by at most (D + 3) roundings of the sum of their magnitudes; a change e of the
@@ -111,7 +123,10 @@ def exact(sequences: Sequences, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         (n, heads, d), length = q.shape, k.shape[0]
         repeat = heads // k.shape[1]
         q64 = q.double().transpose(0, 1)
-        k64, v64 = (x.to(dtype).double().repeat_interleave(repeat, 1).transpose(0, 1) for x in (k, v))
+        stored = zip((k, v), types_of(dtype), strict=True)
+        k64, v64 = (
+            load_rows(store_rows(x, own), d).double().repeat_interleave(repeat, 1).transpose(0, 1) for x, own in stored
+        )
         hidden = torch.ones(n, length).triu(length - n + 1).bool()
         scores = (q64 @ k64.transpose(1, 2) * d**-0.5).masked_fill(hidden, -torch.inf)
         magnitude = (q64.abs() @ k64.abs().transpose(1, 2) * d**-0.5).masked_fill(hidden, 0)
@@ -122,7 +137,7 @@ def exact(sequences: Sequences, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.cat(outs), torch.cat(bounds)
 
 
-def assert_exact(out: Tensor, data: Sequences, dtype: torch.dtype = torch.float32) -> None:
+def assert_exact(out: Tensor, data: Sequences, dtype: Stored = torch.float32) -> None:
     expected, bound = exact(data, dtype)
     excess = ((out.double() - expected).abs() - bound).max()
     assert excess <= 0, f"error exceeds the bound by {excess:.2e}"
@@ -152,13 +167,28 @@ GEOMETRIES = [  # heads, kv_heads, d, block_size
     (14, 2, 80, 32),
     (2, 1, 200, 5),
 ]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def skip_odd_codes(d: int, stored: Stored) -> None:
+    if d % 2 and any(not own.is_floating_point for own in types_of(stored)):
+        pytest.skip("codes of an odd head dim are refused")
+
+
+DTYPES: list[Stored] = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.uint8,
+    (torch.int8, torch.uint8),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_mixed_prefill_and_decode(isa: str, geometry: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def test_mixed_prefill_and_decode(isa: str, geometry: tuple[int, int, int, int], dtype: Stored) -> None:
     heads, kv_heads, d, block_size = geometry
+    skip_odd_codes(d, dtype)
     data = sequences([1, 300, 33, 97, 32, 257], [1, 1, 33, 40, 1, 2], heads, kv_heads, d)
     assert_exact(run(paged(data, block_size, dtype)), data, dtype)
 
@@ -211,10 +241,13 @@ def test_a_sequence_alone_gives_the_same_bits(isa: str) -> None:
         (5, 1, 80, torch.bfloat16),
         (6, 1, 64, torch.float16),
         (9, 1, 8, torch.float16),
+        (6, 2, 80, torch.int8),
+        (5, 1, 64, torch.uint8),
+        (4, 2, 20, (torch.int8, torch.uint8)),
     ],
 )
 def test_chunks_blocks_and_threads_leave_no_trace(
-    isa: str, heads: int, kv_heads: int, d: int, dtype: torch.dtype, chunk: int
+    isa: str, heads: int, kv_heads: int, d: int, dtype: Stored, chunk: int
 ) -> None:
     data = sequences([590], [590], heads, kv_heads, d)
     native.set_threads(1)
@@ -230,11 +263,12 @@ def test_chunks_blocks_and_threads_leave_no_trace(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_both_avx_bodies_give_the_same_bits(
-    isas: tuple[str, ...], geometry: tuple[int, int, int, int], dtype: torch.dtype
+    isas: tuple[str, ...], geometry: tuple[int, int, int, int], dtype: Stored
 ) -> None:
     if "avx512" not in isas:
         pytest.skip("no avx512 on this machine")
     heads, kv_heads, d, block_size = geometry
+    skip_odd_codes(d, dtype)
     step = paged(sequences([1, 300, 33, 97, 290], [1, 1, 33, 40, 3], heads, kv_heads, d), block_size, dtype)
     results = []
     for name in ("avx2", "avx512"):
@@ -338,6 +372,8 @@ def test_wrong_shapes_and_dtypes_are_refused() -> None:
         replace(step, q=step.q[:, :12].contiguous()),
         replace(step, q=step.q[:, :0].contiguous().new_zeros(3, 20)),
         replace(step, k_cache=step.k_cache.half()),
+        replace(step, v_cache=step.v_cache.to(torch.int8)),
+        replace(step, k_cache=step.k_cache.to(torch.int8), v_cache=step.v_cache.to(torch.int8)),
         replace(step, v_cache=step.v_cache[:-1]),
         replace(step, k_cache=step.k_cache.transpose(0, 2)),
         replace(step, seq_lens=step.seq_lens.long()),

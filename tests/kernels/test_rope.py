@@ -10,11 +10,12 @@ from torch import Tensor
 
 from dibit.kernels import native
 from dibit.kernels.contract import ContractError
+from dibit.kernels.kv import head_dim, row_width
 from dibit.kernels.rope import rope_kv_write_reference, rotate
 from dibit.kernels.rope_cpu import rope_kv_write
 
 NAN = float("nan")
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def case(
     blocks = -(-tokens // block_size) + 3
     slots = torch.randperm(blocks * block_size)[:tokens]
     slots[1::5] = -1
-    cache = torch.full((blocks, kv_heads, block_size, d), NAN, dtype=dtype)
+    cache = torch.empty(blocks, kv_heads, block_size, row_width(d, dtype), dtype=dtype)
+    cache.fill_(NAN if dtype.is_floating_point else 0x7F)
     return Case(
         torch.randn(tokens, (heads + 2 * kv_heads) * d) * 50,
         torch.randint(0, positions, (tokens,)),
@@ -59,14 +61,14 @@ def case(
 
 def raw(x: Tensor) -> Tensor:
     """The bits, so that poison equals poison."""
-    return x.view(torch.int16)
+    return x.view(torch.int16) if x.dtype.is_floating_point else x
 
 
 def run_both(c: Case) -> Tensor:
     """Runs the C++ body and the reference on copies of the cache: same q, same bits everywhere in the caches."""
     ours = replace(c, k_cache=c.k_cache.clone(), v_cache=c.v_cache.clone())
     theirs = replace(c, k_cache=c.k_cache.clone(), v_cache=c.v_cache.clone())
-    memory = torch.full((c.qkv.shape[0] + 2, c.heads * c.k_cache.shape[3]), NAN)
+    memory = torch.full((c.qkv.shape[0] + 2, c.heads * head_dim(c.k_cache)), NAN)
     memory[0] = memory[-1] = 7.0
     q = memory[1:-1]
     assert rope_kv_write(*vars(ours).values(), out=q) is q
@@ -87,9 +89,15 @@ def test_reference_rotates_pairs_as_complex_numbers() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("d", "rotary"), [(64, 64), (128, 128), (80, 32), (20, 20), (20, 10), (6, 2), (5, 0)])
+@pytest.mark.parametrize(
+    ("d", "rotary"), [(64, 64), (128, 128), (80, 32), (20, 20), (20, 10), (6, 2), (5, 0), (72, 72)]
+)
 @pytest.mark.parametrize("tokens", [0, 1, 13])
 def test_equals_the_reference(isa: str, tokens: int, d: int, rotary: int, dtype: torch.dtype) -> None:
+    if d % 2 and not dtype.is_floating_point:
+        with pytest.raises(ContractError, match="an even head dim"):
+            row_width(d, dtype)
+        return
     run_both(case(tokens, d=d, rotary=rotary, dtype=dtype))
 
 

@@ -96,6 +96,26 @@ def test_serving_equals_transformers(family: str, backend: Any, tmp_path: Path) 
     assert_close(torch.stack([row[1] for row in rows]), oracle_logits(model, second))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("kv_type", "bound"), [("int8", 0.02), ("k8v4", 0.15), ("int4", 0.3)])
+def test_a_cache_of_codes(kv_type: Any, bound: float, backend: Any) -> None:
+    """Codes are off by half a step: of 254 in the largest of 32 columns, or of 15 in their range."""
+    model = hf_model(head_dim=16)
+    decoder = load_decoder(weights_of(model), config=EngineConfig(backend=backend))
+    ids = token_ids(61)
+    whole = Paged(decoder, kv_type=kv_type)
+    a = whole.request(ids)
+    logits = whole.logits((a, 0, 61))
+    assert_close(logits, oracle_logits(model, ids), bound)
+    with pytest.raises(AssertionError):
+        assert_close(logits, oracle_logits(model, ids), bound / 100)
+    chunked = Paged(decoder, kv_type=kv_type)
+    a = chunked.request(ids)
+    pieces = [chunked.logits((a, start, stop)) for start, stop in pairwise([0, 1, 14, 15, 40, 61])]
+    # What is stored for a token does not depend on the step that stores it.
+    assert_close(torch.cat(pieces), logits)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_blocks_equal_transformers(family: str) -> None:
     kind, overrides = FAMILIES[family]

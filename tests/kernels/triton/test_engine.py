@@ -33,7 +33,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 def paged(weights: MemoryWeights, backend: Any, **settings: Any) -> Paged:
     config = EngineConfig(backend=backend, device="cpu", **settings)
-    return Paged(load_decoder(weights, config=config), dtype=torch.float16)
+    return Paged(load_decoder(weights, config=config), kv_type="float16")
 
 
 def test_prefill_chunks_and_decoding() -> None:
