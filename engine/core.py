@@ -14,14 +14,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from dibit.engine import isolation
 from dibit.engine.blocks import BlockPool
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.detokenizer import IncrementalDetokenizer
 from dibit.engine.errors import ContextLengthError, EngineDead, RequestError
+from dibit.engine.isolation import describe
 from dibit.engine.outputs import EngineStats, RequestOutput
 from dibit.engine.request import FinishReason, Request, TokenLogprob
 from dibit.engine.sampler import validate
 from dibit.engine.scheduler import Advance, Scheduler
+from dibit.engine.speculation import Drafter
 from dibit.engine.step import Chunk, Runner, Sampled, Step, StepResult
 from dibit.engine.tokenizer import Tokenizer
 
@@ -45,6 +48,7 @@ class Ticket:
 class EngineCore:
     """Scheduler, runner and tokenizer at work. `prepare` may be called from any thread, the rest from one.
 
+    drafter  what guesses tokens ahead (None: what the settings name)
     clock  seconds, from anywhere; steps are timed by it, and what they take decides how many tokens of prompts go into
            the next ones
     """
@@ -55,6 +59,7 @@ class EngineCore:
         tokenizer: Tokenizer,
         config: EngineConfig,
         *,
+        drafter: Drafter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._clock = clock
@@ -62,7 +67,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.config = config
         self.pool = BlockPool(runner.num_blocks, runner.block_size)
-        self.scheduler = Scheduler(self.pool, config)
+        self.scheduler = Scheduler(self.pool, config, drafter=drafter)
         self.max_model_len = min(runner.max_model_len, runner.num_blocks * runner.block_size)
         self.dead: str | None = None
         self._tickets: dict[str, Ticket] = {}
@@ -154,7 +159,7 @@ class EngineCore:
         result = self._execute(step)
         self._steps += 1
         if not result.failed:
-            self._measure(step, self._clock() - started_s)
+            self._measure(step, self._clock() - started_s + step.drafting_s)
         advances = self.scheduler.commit(step, result)
         for request_id, error in result.failed.items():
             if request_id in self._tickets:
@@ -165,7 +170,7 @@ class EngineCore:
                 output = self._advance(ticket, advance, result.prompt_logprobs.get(advance.request.id, ()))
             except Exception as error:
                 logger.exception("request %s failed while its text was made", advance.request.id)
-                output = self._fail(ticket, _describe(error))
+                output = self._fail(ticket, describe(error))
             if output is not None:
                 outputs.append(output)
             if not advance.request.finished:
@@ -173,7 +178,7 @@ class EngineCore:
         return outputs
 
     def stats(self) -> EngineStats:
-        scheduler = self.scheduler
+        scheduler, counts = self.scheduler, self.runner.step_counts
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -188,11 +193,14 @@ class EngineCore:
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             finished=self._ended[FinishReason.STOP] + self._ended[FinishReason.LENGTH],
+            cut=self._ended[FinishReason.LENGTH],
             aborted=self._ended[FinishReason.ABORT],
             failed=self._ended[FinishReason.ERROR],
             steps=self._steps,
-            drafted=scheduler.num_drafted,
-            accepted=scheduler.num_accepted,
+            taped_steps=counts.taped,
+            untaped_steps=counts.untaped,
+            beside_tape=counts.beside,
+            speculation=scheduler.speculation.snapshot(),
         )
 
     def _advance(
@@ -229,7 +237,7 @@ class EngineCore:
                 outputs.append(self._say(ticket, sampled))
             except Exception as error:
                 logger.exception("request %s failed while its text was made", ticket.request.id)
-                outputs.append(self._fail(ticket, _describe(error)))
+                outputs.append(self._fail(ticket, describe(error)))
             if outputs[-1].finished:
                 return outputs
         return outputs
@@ -271,45 +279,17 @@ class EngineCore:
 
     def _execute(self, step: Step) -> StepResult:
         """The step's result; what raises is narrowed down to the requests that make it raise."""
-        sampled: dict[str, Sampled] = {}
-        prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = {}
-        failed: dict[str, str] = {}
-        further: dict[str, tuple[Sampled, ...]] = {}
-        raised: dict[str, BaseException] = {}
-        parts: list[tuple[Chunk, ...]] = [step.chunks]
-        while parts:
-            chunks = parts.pop()
-            try:
-                result = self.runner.execute(Step(chunks))
-            except (MemoryError, EngineDead) as error:
-                raise self._die(error) from error
-            except Exception as error:
-                if len(chunks) > 1:
-                    logger.warning(
-                        "a step of %d requests failed, retrying in halves: %s", len(chunks), _describe(error)
-                    )
-                    half = len(chunks) // 2
-                    parts += [chunks[half:], chunks[:half]]
-                else:
-                    request_id = chunks[0].request.id
-                    logger.error("request %s failed in the runner", request_id, exc_info=error)
-                    failed[request_id], raised[request_id] = _describe(error), error
-            else:
-                sampled.update(result.sampled)
-                prompt_logprobs.update(result.prompt_logprobs)
-                failed.update(result.failed)
-                further.update(result.further)
-                for chunk in chunks:
-                    request_id = chunk.request.id
-                    if chunk.samples and request_id not in result.sampled and request_id not in result.failed:
-                        failed[request_id] = "the runner returned no token"
-        if len(raised) < len(step.chunks):
+        try:
+            found = isolation.execute(self.runner, step)
+        except (MemoryError, EngineDead) as error:
+            raise self._die(error) from error
+        if len(found.raised) < len(step.chunks):
             self._total_failures = 0
         else:
             self._total_failures += 1
             if self._total_failures >= TOTAL_FAILURES_BEFORE_PROBE:
-                self._probe(step.chunks[0], raised[step.chunks[0].request.id])
-        return StepResult(sampled, prompt_logprobs, failed, further)
+                self._probe(step.chunks[0], found.raised[step.chunks[0].request.id])
+        return found.result
 
     def _probe(self, failed: Chunk, cause: BaseException) -> None:
         """Tells bad requests from a broken runner: EngineDead(cause) unless it computes a token of our own.
@@ -325,7 +305,7 @@ class EngineCore:
             raise self._die(cause) from cause
 
     def _die(self, cause: BaseException) -> EngineDead:
-        self.dead = str(cause) if isinstance(cause, EngineDead) else f"the engine has stopped: {_describe(cause)}"
+        self.dead = str(cause) if isinstance(cause, EngineDead) else f"the engine has stopped: {describe(cause)}"
         return EngineDead(self.dead)
 
     def _raise_if_dead(self) -> None:
@@ -393,8 +373,3 @@ class EngineCore:
             num_cached=request.num_cached,
             error=error,
         )
-
-
-def _describe(error: BaseException) -> str:
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,12 +1,16 @@
-"""Decode steps without Python between the ops: recorded once per number of sequences, replayed from then on.
+"""Decode steps without Python between the ops: recorded once per number of tokens, replayed from then on.
 
 The decoder's ordinary forward runs while a recorder writes down what it calls (kernels/tape.py), from the embedding to
 the token that is drawn. Everything that differs from step to step is read from buffers that are filled before each run:
 tokens, positions, slots, lengths, block tables, how each row is drawn. The same ops run on the same numbers, so logits
 and tokens are those of the ordinary path, bit for bit.
 
-Memory: one Workspace with room for max_seqs rows of activations and logits (shared by all tapes), block tables of
-max_seqs rows, and MAX_TAPES tapes of some ten words per op.
+A tape's rows are sequences of one token each. Several tokens of one sequence are several rows with one block table, the
+second one longer than the first, and so on: every layer writes the keys of all rows before any of them attends. So a
+step that verifies drafts is a step like any other.
+
+Memory: one Workspace with room for max_rows rows of activations and logits (shared by all tapes), block tables of
+max_rows rows, and MAX_TAPES tapes of some ten words per op.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ MAX_TAPES = 64
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """logits [B, V] float32 and what is highest in them or drawn from them, valid until the next step."""
+    """logits [R, V] float32 and what is highest in them or drawn from them, valid until the next step. Rows are the
+    tokens of the step's chunks, drafts included, one after another."""
 
     logits: Tensor
     highest: Highest
@@ -49,69 +54,78 @@ class _Captured:
 
 
 class DecodeTapes:
-    """Runs steps of one token for each of up to `max_seqs` sequences. One thread at a time.
+    """Runs steps of up to `max_rows` tokens. One thread at a time.
 
     The decoder, the cache and the rope tables must stay the ones it was made for. `refusal` says why steps are not
     replayed, or is None; `replay_s` counts the seconds spent in tapes.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KVCache, cos: Tensor, sin: Tensor, *, max_seqs: int, max_model_len: int
+        self, decoder: Decoder, cache: KVCache, cos: Tensor, sin: Tensor, *, max_rows: int, max_model_len: int
     ) -> None:
         self.decoder = decoder
         self.cache = cache
         self._block_size = cache.block_size
-        self.max_seqs = max_seqs
+        self.max_rows = max_rows
         self.refusal: str | None = None
         self.replay_s = 0.0
-        self.workspace = Workspace(max_seqs)
+        self.workspace = Workspace(max_rows)
         self._cos, self._sin = cos, sin
         self._captured: OrderedDict[int, _Captured] = OrderedDict()
         self._width = -(-max_model_len // cache.block_size)
         # Arrays of plain numbers: an element is written in a tenth of the time that numpy or torch take.
-        self._tokens, self._positions, self._slots = (array("q", bytes(8 * max_seqs)) for _ in range(3))
-        self._cu_seqlens = array("i", range(max_seqs + 1))
-        self._seq_lens = array("i", bytes(4 * max_seqs))
-        self._tables = array("i", bytes(4 * max_seqs * self._width))
-        self._written: list[list[int]] = [[] for _ in range(max_seqs)]
-        self._draws = Draws(max_seqs)
-        self._drawing: list[Request | None] = [None] * max_seqs
+        self._tokens, self._positions, self._slots = (array("q", bytes(8 * max_rows)) for _ in range(3))
+        self._cu_seqlens = array("i", range(max_rows + 1))
+        self._seq_lens = array("i", bytes(4 * max_rows))
+        self._tables = array("i", bytes(4 * max_rows * self._width))
+        self._written: list[list[int]] = [[] for _ in range(max_rows)]
+        self._draws = Draws(max_rows)
+        self._drawing: list[Request | None] = [None] * max_rows
 
     def __contains__(self, count: int) -> bool:
         return count in self._captured
 
     def run(self, chunks: Sequence[Chunk]) -> Decoded:
-        """Computes a step of chunks of one token each. Raises NativeError naming the op that refused."""
-        self._fill(chunks)
-        captured = self._captured.get(len(chunks))
+        """Computes a step. Raises NativeError naming the op that refused."""
+        rows = self._fill(chunks)
+        captured = self._captured.get(rows)
         if captured is None:
-            return self._capture(len(chunks))
-        self._captured.move_to_end(len(chunks))
+            return self._capture(rows)
+        self._captured.move_to_end(rows)
         started_s = time.perf_counter()
         captured.tape.run()
         self.replay_s += time.perf_counter() - started_s
         return captured.decoded
 
     def tape(self, count: int) -> Tape | None:
-        """The tape for steps of `count` sequences, if one was recorded. Running it again computes the last such step
+        """The tape for steps of `count` tokens, if one was recorded. Running it again computes the last such step
         again: every value it changes is made anew from the buffers."""
         captured = self._captured.get(count)
         return None if captured is None else captured.tape
 
-    def _fill(self, chunks: Sequence[Chunk]) -> None:
-        size = self._block_size
-        for row, chunk in enumerate(chunks):
+    def _fill(self, chunks: Sequence[Chunk]) -> int:
+        """Writes the tokens of a step into the buffers; how many there are."""
+        size, row = self._block_size, 0
+        for chunk in chunks:
             request, start = chunk.request, chunk.start
             blocks = request.block_ids
-            self._tokens[row] = request.token_ids[start]
-            self._positions[row] = start
-            self._slots[row] = blocks[start // size] * size + start % size
-            self._seq_lens[row] = start + 1
-            self._prepare(row, request)
-            if blocks != self._written[row]:
-                self._written[row] = blocks.copy()
-                entries = array("i", blocks[: self._width])
-                self._tables[row * self._width : row * self._width + len(entries)] = entries
+            plain = chunk.count == 1 and not chunk.drafts
+            tokens = request.token_ids[start : chunk.stop] + list(chunk.drafts)
+            for position, token in enumerate(tokens, start):
+                self._tokens[row] = token
+                self._positions[row] = position
+                self._slots[row] = blocks[position // size] * size + position % size
+                self._seq_lens[row] = position + 1
+                if plain:
+                    self._prepare(row, request)
+                else:
+                    self._prepare_ahead(row, chunk, position)
+                if blocks != self._written[row]:
+                    self._written[row] = blocks.copy()
+                    entries = array("i", blocks[: self._width])
+                    self._tables[row * self._width : row * self._width + len(entries)] = entries
+                row += 1
+        return row
 
     def _prepare(self, row: int, request: Request) -> None:
         if self._drawing[row] is request:
@@ -120,6 +134,15 @@ class DecodeTapes:
         prepare_draw(self._draws, row, request)
         # What is edited until min_tokens is drawn after it.
         self._drawing[row] = None if request.params.min_tokens else request
+
+    def _prepare_ahead(self, row: int, chunk: Chunk, position: int) -> None:
+        """One of several rows of a request, which another step may give to another one."""
+        self._drawing[row] = None
+        ahead = position + 1 - chunk.stop
+        if ahead < 0 or chunk.odds:
+            self._draws.greedy(row)
+        else:
+            prepare_draw(self._draws, row, chunk.request, ahead=ahead)
 
     @torch.inference_mode()
     def _capture(self, count: int) -> Decoded:

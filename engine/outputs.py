@@ -95,6 +95,24 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationStats:
+    """Counters of guessed tokens.
+
+    drafts       sequences of guesses that a step verified
+    drafted      tokens in them; `accepted` of them were what the model said, accepted_at by their place in the draft
+    emitted      tokens that those steps brought: the accepted ones and one more of each draft, up to a request's end
+    drafting_s   seconds that a draft model took for them
+    """
+
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    emitted: int = 0
+    accepted_at: tuple[int, ...] = ()
+    drafting_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot. Counters (all but the first group) only grow; tokens unless said otherwise.
 
@@ -104,8 +122,8 @@ class EngineStats:
     prefill_tok_s           measured speed of steps that compute prompts; 0 before the first
     prefix_queries, _hits   looked up on entry, and found, in the prefix cache
     prompt_tokens           of requests whose prompt was computed; generation_tokens were sampled
-    finished, aborted, failed   requests, by how they ended
-    drafted, accepted       guessed ahead, and of those what the model said
+    finished, aborted, failed   requests, by how they ended; `cut` of the finished ones reached their length
+    taped_steps, untaped_steps, beside_tape   as in step.StepCounts
     """
 
     running: int
@@ -125,5 +143,8 @@ class EngineStats:
     aborted: int
     failed: int
     steps: int
-    drafted: int = 0
-    accepted: int = 0
+    cut: int = 0
+    taped_steps: int = 0
+    untaped_steps: tuple[tuple[str, int], ...] = ()
+    beside_tape: tuple[tuple[str, int], ...] = ()
+    speculation: SpeculationStats = SpeculationStats()

@@ -1,8 +1,8 @@
 """The Runner that owns a model and its KV cache: a step in, tokens out.
 
 Logits are computed for the rows that need them and no others: the last token of a chunk that samples, and the tokens
-of prompts whose log-probabilities were asked for, these in slices of at most 64 MB. A step that computes one token of
-each sequence and samples from all of them, a decode step, is replayed from a tape where there can be one.
+of prompts whose log-probabilities were asked for, these in slices of at most 64 MB. A step that samples from all of its
+sequences and computes a few tokens, one of each and its drafts, is replayed from a tape where there can be one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +21,11 @@ from dibit.engine.batch import Batch, build_batch
 from dibit.engine.config import EngineConfig
 from dibit.engine.decode_tape import DecodeTapes
 from dibit.engine.kv_cache import allocate
-from dibit.engine.memory_plan import LOGIT_BYTES, activation_bytes, free_memory, size_cache
+from dibit.engine.memory_plan import LOGIT_BYTES, CacheSize, activation_bytes, free_memory, size_cache
 from dibit.engine.models.decoder import Decoder
 from dibit.engine.request import Request, TokenLogprob
 from dibit.engine.sampler import Highest, beside, prompt_logprobs, sample
-from dibit.engine.step import Chunk, Sampled, Step, StepResult
+from dibit.engine.step import Chunk, Sampled, Step, StepCounts, StepResult
 from dibit.engine.verification import verify
 from dibit.kernels import native
 from dibit.kernels.tape import Tape
@@ -32,6 +33,15 @@ from dibit.kernels.tape import Tape
 log = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 16
+MAX_DRAFTED_ROWS = 64
+
+
+class Choose(Protocol):
+    """engine.sampler.sample, or what stands for it."""
+
+    def __call__(
+        self, logits: Tensor, requests: Sequence[Request], *, highest: Highest | None = None
+    ) -> list[Sampled | Exception]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +59,38 @@ class ModelRunner:
     """Implements step.Runner. Raises ConfigError when the cache that the settings ask for has no room.
 
     free_bytes  memory that the cache may be taken from (None: what is free now, with the weights already held)
+    size        of the cache, where it is decided already
+    choose      tokens of rows (None: engine.sampler.sample)
 
     taped_steps    steps that were replayed from a tape (the recording of one counts too)
-    untaped        the other steps by what kept them from it: "prefill", "drafts", "prompt_logprobs", "no_tape",
-                   "sequences" (more than a tape has rows)
+    untaped        the other steps by what kept them from it: "prefill", "prompt_logprobs", "no_tape", "rows" (more
+                   tokens than a tape has rows)
     beside_tape    rows of taped steps whose token was chosen after it, by reason: "penalties", "logprobs"
     scoring_s  seconds spent on logits and log-probabilities of prompts
     listener   is given (request id, place of the first token, logits [n, vocab] of the tokens from there on) of prompts
                whose log-probabilities were asked for, as they are computed; the tensor is not the listener's to keep
     """
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, *, free_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        *,
+        free_bytes: int | None = None,
+        size: CacheSize | None = None,
+        choose: Choose | None = None,
+    ) -> None:
         self.decoder = decoder
         self.config = config
         sizes = decoder.sizes
-        free = free_memory(decoder.device) if free_bytes is None else free_bytes
-        free -= activation_bytes(sizes, config, max_model_len=config.max_model_len or sizes.max_positions)
-        size = size_cache(sizes, config, quantized=decoder.quantized, free_bytes=free)
+        if size is None:
+            free = free_memory(decoder.device) if free_bytes is None else free_bytes
+            free -= activation_bytes(sizes, config, max_model_len=config.max_model_len or sizes.max_positions)
+            size = size_cache(sizes, config, quantized=decoder.quantized, free_bytes=free)
         if size.note is not None:
             log.warning("%s", size.note)
         self.threads = set_threads(config, decoder)
+        self._choose = choose
         self._max_model_len = size.max_model_len
         self._rows_per_slice = max(1, LOGIT_BYTES // (4 * sizes.vocab))
         cos, sin = sizes.rope.tables(size.max_model_len)
@@ -100,6 +122,10 @@ class ModelRunner:
         return self._max_model_len
 
     @property
+    def step_counts(self) -> StepCounts:
+        return StepCounts(self.taped_steps, tuple(self.untaped.items()), tuple(self.beside_tape.items()))
+
+    @property
     def untaped_steps(self) -> int:
         return self.untaped.total()
 
@@ -109,16 +135,16 @@ class ModelRunner:
         return 0.0 if self._tapes is None else self._tapes.replay_s
 
     def decode_tape(self, count: int) -> Tape | None:
-        """The tape of steps that decode `count` sequences, once there is one."""
+        """The tape of steps that compute `count` tokens, once there is one."""
         return None if self._tapes is None else self._tapes.tape(count)
 
     def execute(self, step: Step) -> StepResult:
         """Compute a step. Faults of single rows are in `failed`; anything else raises."""
         reason = next(filter(None, map(_more_than_decoding, step.chunks)), None)
         if reason is None and self._tapes is not None:
-            if len(step.chunks) <= self._tapes.max_seqs:
+            if step.num_tokens <= self._tapes.max_rows:
                 return self._replay(self._tapes, step)
-            reason = "sequences"
+            reason = "rows"
         self.untaped[reason or "no_tape"] += 1
         return self._compute(step)
 
@@ -131,10 +157,21 @@ class ModelRunner:
             log.info("decode steps run op by op: %s", tapes.refusal)
             self._tapes = None
             self.untaped["no_tape"] += 1
-        sampled: dict[str, Sampled] = {}
-        failed: dict[str, str] = {}
-        _sort_out(decoded.logits, [chunk.request for chunk in step.chunks], sampled, failed, highest=decoded.highest)
-        return StepResult(sampled=sampled, failed=failed)
+        drawn = _Drawn(self._choose or sample)
+        if step.num_tokens == len(step.chunks):
+            drawn.sample(decoded.logits, [chunk.request for chunk in step.chunks], highest=decoded.highest)
+            return drawn.result()
+        row = 0
+        for chunk in step.chunks:
+            row += chunk.count - 1
+            rows = slice(row, row + 1 + len(chunk.drafts))
+            known = decoded.highest.of(rows)
+            if chunk.drafts:
+                drawn.verify(decoded.logits[rows], chunk, highest=known)
+            else:
+                drawn.sample(decoded.logits[rows], [chunk.request], highest=known)
+            row = rows.stop
+        return drawn.result()
 
     def _decode_tapes(self) -> DecodeTapes | None:
         if not self.config.tape or self.decoder.device.type != "cpu":
@@ -144,9 +181,16 @@ class ModelRunner:
             self.cache,
             self._cos,
             self._sin,
-            max_seqs=min(self.config.max_num_seqs, self._rows_per_slice),
+            max_rows=min(self._most_rows(), self._rows_per_slice),
             max_model_len=self.max_model_len,
         )
+
+    def _most_rows(self) -> int:
+        """Tokens of the largest step that is worth a tape: a longer one hardly notices the Python between its ops."""
+        sequences, drafts = self.config.max_num_seqs, self.config.num_speculative_tokens
+        if self.config.speculative == "off":
+            return sequences
+        return min(max(sequences, min(MAX_DRAFTED_ROWS, sequences * (1 + drafts))), self.config.max_batch_tokens)
 
     @torch.inference_mode()
     def _compute(self, step: Step) -> StepResult:
@@ -156,27 +200,20 @@ class ModelRunner:
             step, block_size=self.block_size, rows=None if everything else rows.index, device=self.decoder.device
         )
         hidden = self.decoder.hidden(batch, self.cache, self._cos, self._sin)
-        sampled: dict[str, Sampled] = {}
-        failed: dict[str, str] = {}
+        drawn = _Drawn(self._choose or sample)
         for start in range(0, len(rows.sampling), self._rows_per_slice):
             requests = rows.sampling[start : start + self._rows_per_slice]
-            logits = self.decoder.logits(hidden[start : start + len(requests)])
-            _sort_out(logits, requests, sampled, failed)
-        further: dict[str, tuple[Sampled, ...]] = {}
+            drawn.sample(self.decoder.logits(hidden[start : start + len(requests)]), requests)
         first = len(rows.sampling)
         for chunk in rows.drafted:
             count = 1 + len(chunk.drafts)
-            found = verify(self.decoder.logits(hidden[first : first + count]), chunk.request, chunk.drafts)
-            if isinstance(found, Exception):
-                failed[chunk.request.id] = f"{type(found).__name__}: {found}"
-            else:
-                sampled[chunk.request.id], further[chunk.request.id] = found[0], found[1:]
+            drawn.verify(self.decoder.logits(hidden[first : first + count]), chunk)
             first += count
         scored: dict[str, tuple[TokenLogprob, ...]] = {}
         for chunk, count in rows.spans:
             scored[chunk.request.id] = self._score(chunk, hidden[first : first + count])
             first += count
-        return StepResult(sampled=sampled, prompt_logprobs=scored, failed=failed, further=further)
+        return drawn.result(scored)
 
     def _score(self, chunk: Chunk, hidden: Tensor) -> tuple[TokenLogprob, ...]:
         """Log-probabilities of the prompt tokens that follow the chunk's own."""
@@ -232,28 +269,44 @@ def set_threads(config: EngineConfig, decoder: Decoder) -> int:
 def _more_than_decoding(chunk: Chunk) -> str | None:
     """What there is to compute of a chunk besides one token and a draw, or None."""
     request = chunk.request
-    if chunk.count != 1 or not chunk.samples:
+    # Two tokens are what a draft model has to read after all of its drafts were accepted.
+    if chunk.count > 2 or not chunk.samples:
         return "prefill"
-    if chunk.drafts:
-        return "drafts"
     asked = request.params.prompt_logprobs is not None and chunk.stop < request.num_prompt
     return "prompt_logprobs" if asked else None
 
 
-def _sort_out(
-    logits: Tensor,
-    requests: Sequence[Request],
-    sampled: dict[str, Sampled],
-    failed: dict[str, str],
-    *,
-    highest: Highest | None = None,
-) -> None:
-    """Samples a row for each request into the one dict or the other."""
-    for request, outcome in zip(requests, sample(logits, requests, highest=highest), strict=True):
-        if isinstance(outcome, Exception):
-            failed[request.id] = f"{type(outcome).__name__}: {outcome}"
+class _Drawn:
+    """What a step's rows of logits come to, request by request."""
+
+    def __init__(self, choose: Choose) -> None:
+        self._choose = choose
+        self._sampled: dict[str, Sampled] = {}
+        self._failed: dict[str, str] = {}
+        self._further: dict[str, tuple[Sampled, ...]] = {}
+
+    def sample(self, logits: Tensor, requests: Sequence[Request], *, highest: Highest | None = None) -> None:
+        """A row for each request."""
+        for request, outcome in zip(requests, self._choose(logits, requests, highest=highest), strict=True):
+            if isinstance(outcome, Exception):
+                self._fail(request, outcome)
+            else:
+                self._sampled[request.id] = outcome
+
+    def verify(self, logits: Tensor, chunk: Chunk, *, highest: Highest | None = None) -> None:
+        """A row for the chunk's last token and one for each of its drafts."""
+        request = chunk.request
+        found = verify(logits, request, chunk.drafts, chunk.odds, highest=highest)
+        if isinstance(found, Exception):
+            self._fail(request, found)
         else:
-            sampled[request.id] = outcome
+            self._sampled[request.id], self._further[request.id] = found[0], found[1:]
+
+    def result(self, scored: dict[str, tuple[TokenLogprob, ...]] | None = None) -> StepResult:
+        return StepResult(self._sampled, scored or {}, self._failed, self._further)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self._failed[request.id] = f"{type(error).__name__}: {error}"
 
 
 def _rows(step: Step) -> _Rows:

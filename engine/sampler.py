@@ -9,7 +9,7 @@ number from Philox4x64 (Salmon et al. 2011) keyed by the seed with the number of
 the inverse of the cumulative distribution in float64, in the order of ids. A row that cannot be sampled gives an error
 of its own; the others go on.
 
-`kept`, `uniform` and `_draw` say what a draw is. Where the C++ library is built it does them (kernels/sampling_cpu.py),
+`kept`, `uniform` and `place` say what a draw is. Where the C++ library is built it does them (kernels/sampling_cpu.py),
 on the tape of a decode step and beside it alike, so that a request's tokens do not depend on which one it was. Its exp
 is not numpy's: on a machine without the library the same seed may, once in some ten million draws, give another token.
 
@@ -51,6 +51,10 @@ class Highest:
     ids: npt.NDArray[np.integer[Any]] | memoryview
     peaks: npt.NDArray[np.float32] | memoryview
     drawn: memoryview | None = None
+
+    def of(self, rows: slice) -> Highest:
+        """That of some of the rows."""
+        return Highest(self.ids[rows], self.peaks[rows], None if self.drawn is None else self.drawn[rows])
 
 
 # Scores are float32, about 1e-6 apart at usual sizes: below this temperature only ties are left to chance, and scores
@@ -151,12 +155,29 @@ def uniform(seed: int, count: int) -> float:
     return (int(bits) >> 11) * _UNIFORM_STEP
 
 
-def prepare_draw(draws: Draws, row: int, request: Request) -> None:
-    """Ask for the next token of a request from its row, or for the highest logit where scores are edited first."""
-    if request.params.greedy or _is_edited(request):
+def prepare_draw(draws: Draws, row: int, request: Request, *, ahead: int = 0) -> None:
+    """Ask for the next token of a request from its row, or for the highest logit where scores are edited first.
+
+    ahead  tokens that come between the request's own and this draw
+    """
+    if request.params.greedy or _is_edited(request, ahead=ahead):
         draws.greedy(row)
     else:
-        _fill_draw(draws, row, request)
+        _fill_draw(draws, row, request, ahead=ahead)
+
+
+def distribution(logits: Tensor, request: Request) -> tuple[Ids, Floats] | Exception:
+    """What the next token of a request is drawn from: ids, ascending, and their probabilities in float64; or why there
+    is nothing to draw from. logits [V]; the request's temperature is not 0."""
+    [row] = _rows(logits[None])
+    peak = float(row[row.argmax()])
+    if not math.isfinite(peak):
+        return _fault(request, peak)
+    scores = _edited(row, request) if _is_edited(request) else row
+    if not math.isfinite(scores[scores.argmax()]):
+        return _nothing_left(request)
+    ids, weights = kept(scores, request.params)
+    return ids, weights / weights.sum(dtype=np.float64)
 
 
 def beside(request: Request) -> str | None:
@@ -173,14 +194,14 @@ def _is_undisturbed(request: Request) -> bool:
     return request.params.logprobs is None and not _is_edited(request)
 
 
-def _is_edited(request: Request) -> bool:
+def _is_edited(request: Request, *, ahead: int = 0) -> bool:
     params = request.params
     return bool(
         params.logit_bias
         or params.repetition_penalty != 1.0
         or params.presence_penalty
         or params.frequency_penalty
-        or request.num_output < params.min_tokens
+        or request.num_output + ahead < params.min_tokens
     )
 
 
@@ -202,7 +223,7 @@ def _known(
     ]
 
 
-def _fill_draw(draws: Draws, row: int, request: Request) -> None:
+def _fill_draw(draws: Draws, row: int, request: Request, *, ahead: int = 0) -> None:
     params = request.params
     draws.draw(
         row,
@@ -212,7 +233,7 @@ def _fill_draw(draws: Draws, row: int, request: Request) -> None:
         top_p=params.top_p,
         seed=request.seed,
     )
-    draws.count(row, request.num_output)
+    draws.count(row, request.num_output + ahead)
 
 
 def _drawn(rows: npt.NDArray[np.float32], highest: Highest, requests: Sequence[Request]) -> memoryview | None:
@@ -244,7 +265,7 @@ def _choose(scores: Floats, request: Request) -> int:
     params = request.params
     if not _has_library():
         ids, weights = kept(scores, params)
-        return int(ids[_draw(weights, uniform(request.seed, request.num_output))])
+        return int(ids[place(weights, uniform(request.seed, request.num_output))])
     import torch
 
     from dibit.kernels.sampling_cpu import Draws
@@ -264,7 +285,7 @@ def _sample_row(row: Floats, best: int, drawn: int | None, peak: float, request:
         scores = _edited(row, request)
         token_id = int(scores.argmax())
         if not math.isfinite(scores[token_id]):
-            return EngineFault(f"request {request.id}: min_tokens and logit_bias leave no token to choose")
+            return _nothing_left(request)
     if not params.greedy:
         token_id = drawn if drawn is not None and not edited else _choose(scores, request)
     return Sampled(token_id, None if params.logprobs is None else _logprob(row, peak, token_id, params.logprobs))
@@ -304,7 +325,7 @@ def _nucleus(weights: Floats, top_p: float) -> Ids:
     return held
 
 
-def _draw(weights: Floats, number: float) -> int:
+def place(weights: Floats, number: float) -> int:
     """Position whose share of the weights `number` falls into. In two levels, as a long running sum is slow."""
     starts = np.arange(0, len(weights), _BLOCK)
     ends = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
@@ -346,6 +367,10 @@ def _rows(logits: Tensor) -> npt.NDArray[np.float32]:
 
 def _fault(request: Request, peak: float) -> EngineFault:
     return EngineFault(f"request {request.id}: the model's logits {_what_is_wrong(peak)}")
+
+
+def _nothing_left(request: Request) -> EngineFault:
+    return EngineFault(f"request {request.id}: min_tokens and logit_bias leave no token to choose")
 
 
 def _what_is_wrong(peak: float) -> str:

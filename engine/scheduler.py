@@ -27,14 +27,13 @@ from dataclasses import dataclass
 from dibit.engine.blocks import BlockPool, block_key, root_key
 from dibit.engine.config import EngineConfig
 from dibit.engine.request import FinishReason, Request, Status
-from dibit.engine.speculation import PromptLookup, worthwhile
+from dibit.engine.speculation import Asked, Drafter, PromptLookup
+from dibit.engine.speculator import Speculator
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
 from dibit.engine.step_cost import StepCost
 
 # Share of the pool that stays free when a request enters beside running ones: room for them to grow.
 RESERVE_SHARE = 0.02
-# One step in this many has no drafts, so that what it takes stays known.
-QUIET_STEPS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Advance:
 class Scheduler:
     """Owns the queue, the running list and every request's block table."""
 
-    def __init__(self, pool: BlockPool, config: EngineConfig) -> None:
+    def __init__(self, pool: BlockPool, config: EngineConfig, *, drafter: Drafter | None = None) -> None:
         self.pool = pool
         self.max_num_seqs = config.max_num_seqs
         self.max_batch_tokens = config.max_batch_tokens
@@ -63,13 +62,9 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0  # tokens looked up, and found, in the prefix cache
         self.prefix_hits = 0
-        self.num_drafted = 0  # tokens, and how many of them were what the model said
-        self.num_accepted = 0
-        self._drafter = (
-            PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max) if config.speculative == "ngram" else None
-        )
-        self._max_drafts = config.num_speculative_tokens
-        self._decode_steps = 0
+        if drafter is None and config.speculative == "ngram":
+            drafter = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
+        self.speculation = Speculator(drafter, max_drafts=config.num_speculative_tokens)
         self._requests: dict[str, Request] = {}
         self._reserve = math.ceil(RESERVE_SHARE * pool.num_blocks)
 
@@ -116,6 +111,7 @@ class Scheduler:
         self.pool.release(request.block_ids)
         request.block_ids = []
         request.num_computed = 0
+        request.drafting.lose_blocks()
         request.num_preemptions += 1
         request.status = Status.WAITING
         self.waiting.appendleft(request)
@@ -150,11 +146,8 @@ class Scheduler:
             chunks.append(Chunk(request, request.num_computed, count))
             budget -= count
             prompt_budget -= count
-        if self._drafter is not None and chunks and all(chunk.request.decodes for chunk in chunks):
-            self._decode_steps += 1
-            if self._decode_steps % QUIET_STEPS:
-                chunks = self._draft(chunks, self._drafter, budget)
-        return Step(tuple(chunks))
+        counts = self.speculation.counts(chunks, self.cost, budget=budget)
+        return self._draft(chunks, counts) if any(counts) else Step(tuple(chunks))
 
     def commit(self, step: Step, result: StepResult) -> list[Advance]:
         """Books a step's result: what is computed, the sampled tokens, the blocks that are full now.
@@ -182,6 +175,7 @@ class Scheduler:
         request.num_computed += 1
         self._index_full_blocks(request)
         request.token_ids.append(sampled.token_id)
+        self.speculation.emit()
 
     def check(self) -> None:
         """AssertionError unless queue, running list, requests and pool agree."""
@@ -194,32 +188,29 @@ class Scheduler:
             assert request.num_computed < request.num_tokens or request.num_output == 0
         self.pool.check(request.block_ids for request in self._requests.values())
 
-    def _draft(self, chunks: list[Chunk], drafter: PromptLookup, budget: int) -> list[Chunk]:
-        """The chunks of a step that only decodes, with drafts where they pay and there is room for them."""
+    def _draft(self, chunks: list[Chunk], counts: list[int]) -> Step:
+        """The step of chunks that decode, with drafts where there is room for them."""
+        asked = [
+            Asked(chunk.request, count)
+            for chunk, count in zip(chunks, counts, strict=True)
+            if count and self._grow(chunk.request, chunk.stop + count)
+        ]
+        proposals, drafting_s = self.speculation.propose(asked, catch_up_tokens=self._prompt_budget())
         drafted: list[Chunk] = []
-        total = 0
         for chunk in chunks:
-            request = chunk.request
-            most = min(self._max_drafts, budget - total, request.max_tokens - request.num_output - 1)
-            drafts: tuple[int, ...] = ()
-            if most > 0 and request.params.logprobs is None:
-                drafts = drafter.propose(request.drafting, request.token_ids, most)
-            if drafts:
-                count = worthwhile(request.drafting, self.cost, decodes=len(chunks), drafts=total, most=most)
-                drafts = drafts[:count]
-            if drafts and self._grow(request, chunk.stop + len(drafts)):
-                chunk = dataclasses.replace(chunk, drafts=drafts)
-                total += len(drafts)
+            if (found := proposals.get(chunk.request.id)) is not None:
+                chunk = dataclasses.replace(chunk, drafts=found.tokens, odds=found.odds)
+                self._shrink(chunk.request, chunk.stop + len(chunk.drafts))
             drafted.append(chunk)
-        return drafted
+        return Step(tuple(drafted), drafting_s)
 
     def _book_drafts(self, chunk: Chunk, accepted: int) -> None:
         """Counts a chunk's drafts, and gives back the blocks that only rejected ones needed."""
-        request = chunk.request
-        self.num_drafted += len(chunk.drafts)
-        self.num_accepted += accepted
-        request.drafting.book(drafted=len(chunk.drafts), accepted=accepted)
-        needed = self.pool.blocks_for(chunk.stop + accepted)
+        self.speculation.book(chunk, accepted=accepted)
+        self._shrink(chunk.request, chunk.stop + accepted)
+
+    def _shrink(self, request: Request, num_tokens: int) -> None:
+        needed = self.pool.blocks_for(num_tokens)
         self.pool.release(request.block_ids[needed:])
         del request.block_ids[needed:]
 

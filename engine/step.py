@@ -10,17 +10,20 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dibit.engine.request import Request, TokenLogprob
+from dibit.engine.speculation import Odds
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Tokens [start, start + count) of a request, to be computed in this step, and after them `drafts`, tokens that are
-    not the request's (yet). Blocks for all of them are already allotted. Only a chunk that samples has drafts."""
+    not the request's (yet). Blocks for all of them are already allotted. Only a chunk that samples has drafts. `odds`
+    is what each of them was drawn from, or empty."""
 
     request: Request
     start: int
     count: int
     drafts: tuple[int, ...] = ()
+    odds: tuple[Odds, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -35,7 +38,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Step:
+    """Chunks of different requests, and the seconds that their drafts took already."""
+
     chunks: tuple[Chunk, ...]
+    drafting_s: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -62,6 +68,16 @@ class StepResult:
     further: dict[str, tuple[Sampled, ...]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """How steps were computed so far: replayed from a tape, or not, by what kept them from it; and rows of replayed
+    steps whose token was chosen after the tape, by what it needed besides a draw."""
+
+    taped: int = 0
+    untaped: tuple[tuple[str, int], ...] = ()
+    beside: tuple[tuple[str, int], ...] = ()
+
+
 class Runner(Protocol):
     """Computes steps. Raises on failure; the engine then isolates the guilty request by running halves."""
 
@@ -79,5 +95,8 @@ class Runner(Protocol):
     def max_model_len(self) -> int:
         """Longest sequence, in tokens."""
         ...
+
+    @property
+    def step_counts(self) -> StepCounts: ...
 
     def execute(self, step: Step) -> StepResult: ...

@@ -18,7 +18,7 @@ from dibit.engine.core import EngineCore
 from dibit.engine.detokenizer import IncrementalDetokenizer
 from dibit.engine.errors import RequestError
 from dibit.engine.request import Request, TokenLogprob
-from dibit.engine.step import Chunk, Sampled, Step, StepResult
+from dibit.engine.step import Chunk, Sampled, Step, StepCounts, StepResult
 from dibit.engine.tokenizer import ChatOptions
 
 BOS, EOS = 256, 257
@@ -109,6 +109,7 @@ class FakeRunner:
         self.failing_rows: dict[str, str] = {}
         self.steps: list[Step] = []
         self.num_computed_tokens = 0
+        self.step_counts = StepCounts()
         self._cache: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
 
     def execute(self, step: Step) -> StepResult:

@@ -17,7 +17,7 @@ from dibit.engine.errors import ConfigError
 from dibit.engine.loader import load_decoder
 from dibit.engine.outputs import RequestOutput
 from dibit.engine.runner import ModelRunner
-from dibit.engine.speculation import RETRY_STEPS, Drafting, PromptLookup, worthwhile
+from dibit.engine.speculation import RETRY_STEPS, Drafting, PromptLookup, allot
 from dibit.engine.step import Step
 from dibit.engine.step_cost import StepCost
 from dibit.kernels import native
@@ -104,50 +104,74 @@ def test_text_that_repeats_takes_fewer_steps() -> None:
     plain, guessed, clock, core = faked(list(b"the same again, "), [[1]], max_tokens=120)
     assert guessed == plain
     assert clock.steps < 60
-    stats = core.stats()
+    stats = core.stats().speculation
     assert 0 < stats.accepted <= stats.drafted
-    assert stats.generation_tokens == 120
+    assert core.stats().generation_tokens == 120
+    assert stats.accepted == sum(stats.accepted_at)
+    assert list(stats.accepted_at) == sorted(stats.accepted_at, reverse=True)
+    assert stats.emitted == stats.drafts + stats.accepted
 
 
 def test_it_stops_where_it_does_not_pay() -> None:
     _plain, _guessed, _clock, core = faked(list(b"the same again, "), [[1]], draft_s=5.0, max_tokens=150)
-    assert core.stats().drafted < 30
+    assert core.stats().speculation.drafted < 30
 
 
 def test_requests_for_logprobs_are_left_alone() -> None:
     _plain, _guessed, _clock, core = faked(list(b"ab"), [[1]], logprobs=2)
-    assert core.stats().drafted == 0
+    assert core.stats().speculation.drafted == 0
 
 
 def test_lookup_goes_on_as_the_longest_run_did() -> None:
     lookup = PromptLookup(2, 3)
-    assert lookup.propose(Drafting(), [1, 2, 3, 4, 9, 2, 3, 7, 1, 2, 3], 3) == (4, 9, 2)
-    assert lookup.propose(Drafting(), [5, 2, 3, 4, 9, 2, 3, 7, 1, 2, 3], 2) == (7, 1)
-    assert lookup.propose(Drafting(), [1, 2, 3, 4], 3) == ()
-    assert lookup.propose(Drafting(), [8, 1, 2, 1, 2], 5) == (1, 2, 1, 2, 1)
+    assert lookup.look_up(Drafting(), [1, 2, 3, 4, 9, 2, 3, 7, 1, 2, 3], 3) == (4, 9, 2)
+    assert lookup.look_up(Drafting(), [5, 2, 3, 4, 9, 2, 3, 7, 1, 2, 3], 2) == (7, 1)
+    assert lookup.look_up(Drafting(), [1, 2, 3, 4], 3) == ()
+    assert lookup.look_up(Drafting(), [8, 1, 2, 1, 2], 5) == (1, 2, 1, 2, 1)
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40))
 def test_lookup_token_by_token_is_lookup_at_once(tokens: list[int]) -> None:
     lookup, drafting = PromptLookup(1, 3), Drafting()
     for end in range(1, len(tokens) + 1):
-        assert lookup.propose(drafting, tokens[:end], 4) == lookup.propose(Drafting(), tokens[:end], 4)
+        assert lookup.look_up(drafting, tokens[:end], 4) == lookup.look_up(Drafting(), tokens[:end], 4)
+
+
+def sure(places: int = 30) -> Drafting:
+    drafting = Drafting()
+    for _ in range(places):
+        drafting.book(drafted=4, accepted=4)
+    return drafting
+
+
+def poor() -> Drafting:
+    drafting = Drafting()
+    for _ in range(30):
+        drafting.book(drafted=4, accepted=0)
+    return drafting
 
 
 def test_how_many_are_worthwhile() -> None:
-    cost, sure = StepCost(), Drafting()
-    for _ in range(30):
-        sure.book(drafted=4, accepted=4)
-    assert worthwhile(sure, cost, decodes=1, drafts=0, most=5) == 0, "what a step takes is not known"
+    cost = StepCost()
+    assert allot([(sure(), 5)], cost, decodes=1) == [0], "what a step takes is not known"
     cost.observe(1.0, decodes=1, prompt_tokens=0)
-    assert worthwhile(sure, cost, decodes=1, drafts=0, most=5) == 5, "to learn what drafts take"
+    assert allot([(sure(), 5)], cost, decodes=1) == [5], "to learn what drafts take"
     cost.observe(1.5, decodes=1, prompt_tokens=0, drafts=5)
-    assert worthwhile(sure, cost, decodes=1, drafts=0, most=5) == 5
-    poor = Drafting()
-    for _ in range(30):
-        poor.book(drafted=4, accepted=0)
-    tries = [worthwhile(poor, cost, decodes=1, drafts=0, most=5) for _ in range(2 * RETRY_STEPS)]
+    assert allot([(sure(), 5)], cost, decodes=1) == [5]
+    doubtful = poor()
+    tries = [allot([(doubtful, 5)], cost, decodes=1)[0] for _ in range(2 * RETRY_STEPS)]
     assert [n for n in tries if n] == [2, 2]
+
+
+def test_drafts_that_only_pay_together_are_given_together() -> None:
+    cost = StepCost()
+    cost.observe(1.0, decodes=8, prompt_tokens=0)
+    # Verifying takes more than half a step, however few drafts there are: too much for the drafts of one sequence.
+    cost.observe(1.6, decodes=8, prompt_tokens=0, drafts=16)
+    assert allot([(sure(), 4)], cost, decodes=8) == [0]
+    assert allot([(sure(), 4) for _ in range(8)], cost, decodes=8) == [4] * 8
+    mixed = allot([(sure(), 4), (poor(), 4)] * 4, cost, decodes=8)
+    assert mixed == [4, 0] * 4
 
 
 def test_a_lookup_that_cannot_be_is_refused() -> None:
@@ -202,6 +226,6 @@ def test_a_model_says_the_same_with_drafts(backend: str, temperature: float) -> 
             for output in core.step():
                 found[output.request_id] += output.token_ids
         tokens.append(found)
-        assert (core.stats().drafted > 0) == (method == "ngram")
-    assert core.stats().accepted > 0
+        assert (core.stats().speculation.drafted > 0) == (method == "ngram")
+    assert core.stats().speculation.accepted > 0
     assert tokens[0] == tokens[1]

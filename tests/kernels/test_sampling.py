@@ -38,7 +38,7 @@ FILTERS: list[dict[str, Any]] = [
 
 def defined(row: np.ndarray[Any, Any], params: SamplingParams, *, seed: int, count: int) -> int:
     ids, weights = sampler.kept(row, params)
-    return int(ids[sampler._draw(weights, sampler.uniform(seed, count))])
+    return int(ids[sampler.place(weights, sampler.uniform(seed, count))])
 
 
 def prepared(params: SamplingParams, *, seed: int, count: int, rows: int = 1) -> Draws:
