@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from dibit.engine.async_engine import AsyncEngine
 from dibit.engine.errors import DibitError
-from dibit.server import chat, completions, health, models, openapi, page, replies, schemas
+from dibit.server import chat, completions, health, metrics, models, openapi, page, replies, schemas
 from dibit.server.errors import ApiError, describe
 from dibit.server.middleware import REQUEST_ID, Envelope
 from dibit.server.service import Service
@@ -90,7 +90,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=[REQUEST_ID, "Retry-After"],
         )
-    for routes in (chat, completions, models, health, page):
+    for routes in (chat, completions, models, health, metrics, page):
         app.include_router(routes.router(service))
     openapi.install(
         app,
