@@ -4,7 +4,7 @@
 
 Every step is a `dibit` command, printed before it runs, and is skipped when its result is there: remove a file to
 measure it again. A run that was interrupted goes on where it was. Checkpoints go to --models, one JSON per row to
---results: perplexity, time, memory, tokens trained on per second, and the commands.
+--results: perplexity, divergence from the float model, time, memory, tokens trained on per second, and the commands.
 """
 
 from __future__ import annotations
@@ -144,13 +144,15 @@ def main() -> None:
         args.results.mkdir(parents=True, exist_ok=True)
         wanted = [row for row in ROWS if not args.only or row.name in args.only.split(",")]
         for row in wanted:
-            if not (args.results / f"{row.name}.json").exists():
-                measure(row, args)
+            measure(row, args)
     print(text_of(args.results))
 
 
 def measure(row: Row, args: argparse.Namespace) -> None:
-    """Make the checkpoint where it is not there, take its perplexity, write the row."""
+    """Make the checkpoint where it is not there, measure it, write the row."""
+    target = args.results / f"{row.name}.json"
+    if target.exists() and "divergence" in read(target):
+        return
     made = make_words(row, args)
     out = args.models / row.name
     if not out.exists():
@@ -162,14 +164,23 @@ def measure(row: Row, args: argparse.Namespace) -> None:
     judged += ["--max-windows", str(args.windows), "--json", str(found)]
     if not found.exists():
         run(judged)
+    apart = args.models / f"{row.name}-kl.json"
+    compared = ["eval", "kl", str(out), "--reference", args.model, "--text", str(args.test), "--ctx", "512"]
+    compared += ["--max-windows", "8", "--json", str(apart)]
+    if not apart.exists():
+        run(compared)
     title = WAYS[row.way].title
-    record: dict[str, Any] = {"name": row.name, "title": title, "commands": [["dibit", *made], ["dibit", *judged]]}
-    record |= {"perplexity": read(found), "quantize": quantized(read(out / "quantize_report.json"))}
+    commands = [["dibit", *words] for words in (made, judged, compared)]
+    record: dict[str, Any] = {"name": row.name, "title": title, "commands": commands}
+    record |= {
+        "perplexity": read(found),
+        "divergence": read(apart),
+        "quantize": quantized(read(out / "quantize_report.json")),
+    }
     if row.source:
         report = read(out / "finetune_report.json")
         names = ("settings", "data", "seconds", "tokens", "tokens_per_s", "matmul_share", "held_out", "best_step")
         record["finetune"] = {name: report[name] for name in names}
-    target = args.results / f"{row.name}.json"
     aside = target.with_suffix(".part")
     aside.write_text(json.dumps(record, indent=1) + "\n")
     aside.rename(target)
@@ -212,19 +223,20 @@ def text_of(results: Path) -> str:
 
 def lines(rows: list[Row], results: Path) -> list[str]:
     found = [
-        "| method | bits with scales and zero points | perplexity | minutes | peak GB | trained on, tokens/s |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| method | bits with scales and zero points | perplexity | KL | minutes | peak GB | trained on, tokens/s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         record = read(results / f"{row.name}.json")
         made, tuned = record["quantize"], record.get("finetune")
         seconds = made["seconds"] + (tuned["seconds"] if tuned else 0.0)
         speed = tuned["tokens_per_s"] if tuned else made["tokens_per_s"]
-        ppl = record["perplexity"]["ppl"]
+        ppl, apart = record["perplexity"]["ppl"], record.get("divergence")
         cells = [
             WAYS[row.way].title,
             f"{made['bits_per_weight']:.2f}",
             f"{ppl:.2f}" if ppl < 1000 else f"{ppl:.3g}",
+            "" if apart is None else f"{apart['kl_mean']:.2f}",
             f"{seconds / 60:.0f}" if seconds >= 60 else f"{seconds / 60:.1f}",
             f"{made['peak_rss_bytes'] / 1e9:.2f}",
             "" if speed is None else f"{speed:.0f}",
