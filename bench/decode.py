@@ -23,7 +23,7 @@ from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.core import EngineCore
 from dibit.engine.errors import ConfigError
 from dibit.engine.runner import ModelRunner
-from dibit.engine.step import Step, StepResult
+from dibit.engine.step import Step, StepCounts, StepResult
 from dibit.kernels import native
 
 BANDWIDTH_BYTES = 1 << 30
@@ -79,6 +79,10 @@ class _Watch:
         )
         self.last = Step(())
         self.elapsed_s = self.tape_s = 0.0
+
+    @property
+    def step_counts(self) -> StepCounts:
+        return self.runner.step_counts
 
     def execute(self, step: Step) -> StepResult:
         started_s, tape_s = time.perf_counter(), self.runner.tape_s

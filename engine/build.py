@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,40 +16,92 @@ from dibit.engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from dibit.engine.checkpoint import Checkpoint
+    from dibit.engine.models.decoder import Decoder
     from dibit.engine.packed_cache import PackedCache
 
 logger = logging.getLogger(__name__)
 
 
 def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
-    """Loads `model` (a directory, a .gguf file, a Hub id or "demo"). Raises CheckpointError or ConfigError."""
-    from dibit.engine.checkpoint import open_checkpoint, resolve_model
-    from dibit.engine.loader import load_decoder
-    from dibit.engine.memory_plan import free_memory
+    """Loads `model` (a directory, a .gguf file, a Hub id or "demo"), and the draft model that the settings name.
+    Raises CheckpointError or ConfigError."""
+    from dibit.engine.memory_plan import CacheSize, activation_bytes, free_memory
     from dibit.engine.runner import ModelRunner
-    from dibit.engine.tokenizer import load_tokenizer
     from dibit.kernels import native
 
     numa.apply(config.numa)
-    checkpoint = open_checkpoint(resolve_model(str(model)), gptq_zero=config.gptq_zero)
-    try:
-        tokenizer = load_tokenizer(checkpoint)
-        quantization = checkpoint.quantization
-        activation_bits = None if quantization is None else quantization.activation_bits
-        cache = _packed_cache(checkpoint, config)
-        decoder = load_decoder(checkpoint, config=config, activation_bits=activation_bits, cache=cache)
-    finally:
-        checkpoint.close()
+    with ExitStack() as opened:
+        main = opened.enter_context(closing(_Source(model, config)))
+        draft = None
+        if config.draft_model is not None:
+            from dibit.engine.draft_model import check_vocabulary
+
+            draft = opened.enter_context(closing(_Source(config.draft_model, config)))
+            check_vocabulary(main.tokenizer, draft.tokenizer, name=config.draft_model)
+        decoder = main.decoder()
+        guessing = None if draft is None else draft.decoder()
     on_cpu = decoder.device.type == "cpu"
     if on_cpu and config.backend == "auto" and (reason := native.unavailable()) is not None:
         logger.warning("running on the reference path, many times slower than the C++ kernels: %s", reason)
     free = free_memory(decoder.device)
-    if on_cpu and cache is not None:
+    if on_cpu:
         # Mapped weights are page cache, which the system counts as free.
-        free = max(0, free - cache.mapped_bytes)
-    runner = ModelRunner(decoder, config, free_bytes=free)
-    runner.warm_up()
-    return EngineCore(runner, tokenizer, config)
+        free = max(0, free - main.mapped_bytes - (0 if draft is None else draft.mapped_bytes))
+    if guessing is None:
+        runner = ModelRunner(decoder, config, free_bytes=free)
+        runner.warm_up()
+        return EngineCore(runner, main.tokenizer, config)
+    from dibit.engine.draft_model import DraftModel
+    from dibit.engine.runner import set_threads
+
+    sizes = guessing.sizes
+    free -= activation_bytes(sizes, config, max_model_len=sizes.max_positions)
+    block = CacheSize.of(sizes, config, quantized=guessing.quantized, num_blocks=0, max_model_len=0).block_bytes
+    runner = ModelRunner(decoder, config, free_bytes=free, draft_block_bytes=block)
+    drafter = DraftModel(
+        guessing,
+        config,
+        num_blocks=runner.num_blocks,
+        max_model_len=runner.max_model_len,
+        vocab_size=main.tokenizer.vocab_size,
+    )
+    # Both share the threads, those of torch too, which the model with floats needs.
+    set_threads(config, guessing if decoder.quantized else decoder)
+    for one in (drafter.runner, runner):
+        one.warm_up()
+    return EngineCore(runner, main.tokenizer, config, drafter=drafter)
+
+
+class _Source:
+    """A checkpoint being loaded: its tokenizer, then its weights."""
+
+    def __init__(self, model: str | Path, config: EngineConfig) -> None:
+        from dibit.engine.checkpoint import open_checkpoint, resolve_model
+        from dibit.engine.tokenizer import load_tokenizer
+
+        self._config = config
+        self._checkpoint = open_checkpoint(resolve_model(str(model)), gptq_zero=config.gptq_zero)
+        self._cache: PackedCache | None = None
+        try:
+            self.tokenizer = load_tokenizer(self._checkpoint)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def mapped_bytes(self) -> int:
+        return 0 if self._cache is None else self._cache.mapped_bytes
+
+    def decoder(self) -> Decoder:
+        from dibit.engine.loader import load_decoder
+
+        quantization = self._checkpoint.quantization
+        activation_bits = None if quantization is None else quantization.activation_bits
+        self._cache = _packed_cache(self._checkpoint, self._config)
+        return load_decoder(self._checkpoint, config=self._config, activation_bits=activation_bits, cache=self._cache)
+
+    def close(self) -> None:
+        self._checkpoint.close()
 
 
 def _packed_cache(checkpoint: Checkpoint, config: EngineConfig) -> PackedCache | None:

@@ -13,7 +13,7 @@ from dibit.engine.errors import ConfigError, RequestError
 Device = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "cpu", "triton", "reference"]
 GPTQZero = Literal["auto", "v1", "v2"]
-Speculative = Literal["off", "ngram"]
+Speculative = Literal["off", "ngram", "draft"]
 KVType = Literal["auto", "float32", "float16", "bfloat16", "int8", "k8v4", "int4"]
 
 MAX_LOGPROBS = 20
@@ -45,7 +45,10 @@ class EngineConfig:
     prefix_cache      reuse the KV blocks of a shared prompt prefix
     tape              replay decode steps as recorded lists of native calls, where every op of the model is native
     speculative       guess tokens ahead and verify several in one step, where measured to pay: "ngram" proposes what
-                      followed the last tokens earlier in the same text; under low-bit weights tokens are those of "off"
+                      followed the last tokens earlier in the same text, "draft" what a smaller model (draft_model)
+                      says; under low-bit weights tokens are those of "off", but for "draft" without a seed, where
+                      they are others of the same distribution
+    draft_model       the smaller model, named as a model is; it needs the same tokenizer
     num_speculative_tokens  most tokens guessed ahead of a sequence in one step
     prompt_lookup_max  longest run of last tokens that is looked for
     prompt_lookup_min  shortest run of last tokens that is looked for
@@ -72,6 +75,7 @@ class EngineConfig:
     prefix_cache: bool = True
     tape: bool = True
     speculative: Speculative = "off"
+    draft_model: str | None = None
     num_speculative_tokens: int = 5
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 2
@@ -106,6 +110,11 @@ class EngineConfig:
                 f"prompt_lookup_max ({self.prompt_lookup_max}) is smaller than prompt_lookup_min "
                 f"({self.prompt_lookup_min}); raise the first or lower the second"
             )
+        if (self.speculative == "draft") != (self.draft_model is not None):
+            raise ConfigError(
+                f"speculative is {self.speculative!r} and draft_model is {self.draft_model!r}; "
+                'speculative "draft" and a draft_model go together'
+            )
         if not 0 < self.kv_memory_share <= 0.95:
             raise ConfigError(f"kv_memory_share is {self.kv_memory_share}; it must lie in (0, 0.95]")
         numa.parse(self.numa)
@@ -115,7 +124,7 @@ class EngineConfig:
             ("device", ("auto", "cpu", "cuda")),
             ("backend", ("auto", "cpu", "triton", "reference")),
             ("gptq_zero", ("auto", "v1", "v2")),
-            ("speculative", ("off", "ngram")),
+            ("speculative", ("off", "ngram", "draft")),
             ("kv_type", get_args(KVType)),
         ):
             if getattr(self, name) not in allowed:

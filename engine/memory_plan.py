@@ -6,8 +6,10 @@ are those of the backend's layout; a test holds them to what a load really makes
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -23,6 +25,9 @@ from dibit.kernels.contract import ContractError
 from dibit.kernels.dispatch import NoKernel, resolve
 from dibit.kernels.formats import Format
 from dibit.kernels.triton.layout import nbytes as triton_bytes
+
+if TYPE_CHECKING:
+    from dibit.engine.checkpoint import Checkpoint
 
 LOGIT_BYTES = 64 << 20
 """Most that the logits of one pass through the head may take; more rows go in slices."""
@@ -46,6 +51,14 @@ class CacheSize:
     def nbytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
+    @classmethod
+    def of(
+        cls, sizes: Sizes, config: EngineConfig, *, quantized: bool, num_blocks: int, max_model_len: int
+    ) -> CacheSize:
+        """Of a cache whose number of blocks is decided already. Raises ConfigError."""
+        stored = kv_types(config.kv_type, quantized=quantized)
+        return cls(max_model_len, num_blocks, _block_bytes(sizes, config, stored), stored)
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -56,6 +69,7 @@ class MemoryPlan:
     activation_bytes    working memory of a step at its largest, logits included
     largest_context     longest single sequence that fits, at most model_max_positions
     largest_batch       sequences of max_model_len that fit at once
+    draft_bytes         weights and working memory of the draft model; its keys and values are part of kv_bytes
     activation_bits     width to which inputs of quantized linears are rounded, as the checkpoint asks, or None
     refusal             why the settings do not fit here, or None
     """
@@ -77,6 +91,7 @@ class MemoryPlan:
     note: str | None
     refusal: str | None
     activation_bits: int | None = None
+    draft_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -100,6 +115,8 @@ class MemoryPlan:
             f"{self.model_max_positions})",
             f"largest batch    {self.largest_batch:8d} sequences of {self.max_model_len} tokens",
         ]
+        if self.draft_bytes:
+            lines.insert(3, f"draft model      {self.draft_bytes / _GB:8.3f} GB   its KV cache is in the one above")
         if self.activation_bits is not None:
             lines.append(f"activations      {self.activation_bits:8d} bits in quantized linears, one scale per token")
         remarks = [f"note: {self.note}"] if self.note else []
@@ -108,7 +125,7 @@ class MemoryPlan:
 
     @property
     def _affordable_blocks(self) -> int:
-        left = self.free_bytes - self.weight_bytes - self.activation_bytes
+        left = self.free_bytes - self.weight_bytes - self.activation_bytes - self.draft_bytes
         return max(0, left) // (self.kv_bytes_per_token * self.block_size)
 
 
@@ -129,14 +146,18 @@ def free_memory(device: torch.device | None = None) -> int:
     return max(0, min(free, int(limit) - used + int(statistics.get("inactive_file", 0))))
 
 
-def size_cache(sizes: Sizes, config: EngineConfig, *, quantized: bool, free_bytes: int) -> CacheSize:
+def size_cache(
+    sizes: Sizes, config: EngineConfig, *, quantized: bool, free_bytes: int, draft_block_bytes: int = 0
+) -> CacheSize:
     """How long a sequence and how many blocks, given what is free once the weights are held.
+
+    draft_block_bytes  of a block in the cache of a draft model, which has as many; part of the result's block_bytes
 
     Raises ConfigError with the numbers when a setting cannot hold: a context beyond the model's, or a cache that has
     no room for one sequence of the length that was asked for.
     """
     stored = kv_types(config.kv_type, quantized=quantized)
-    per_block = _block_bytes(sizes, config, stored)
+    per_block = _block_bytes(sizes, config, stored) + draft_block_bytes
     longest = config.max_model_len or sizes.max_positions
     if longest > sizes.max_positions:
         raise ConfigError(
@@ -199,11 +220,13 @@ def plan_memory(
     config: EngineConfig | None = None,
     free_bytes: int | None = None,
     activation_bits: int | None = None,
+    draft: Weights | None = None,
 ) -> MemoryPlan:
     """What serving this checkpoint with these settings takes. Reads headers only.
 
     free_bytes  memory to plan within (None: what is free now)
     activation_bits  `Quantization.activation_bits` of the checkpoint
+    draft  the checkpoint of the draft model, if there is one
     Raises CheckpointError for a model that cannot be read, ConfigError for a backend or device that cannot run here;
     a model that does not fit is no error, `refusal` says it.
     """
@@ -214,24 +237,19 @@ def plan_memory(
     if form is not None and activation_bits is not None:
         _backend(form, config, activation_bits)
     free = free_memory(resolve_device(config)) if free_bytes is None else free_bytes
-    ends = _end_bytes(weights, arch, sizes, config, quantized=quantized)
-    norms = 4 * sizes.hidden * (2 * sizes.layers + 1)
-    norms += 4 * sizes.head_dim * sum(len(head_norm_names(arch, layer)) for layer in range(sizes.layers))
-    linears = sum(
-        _site_bytes(weights, site, config) for layer in range(sizes.layers) for site in sites(arch, sizes, layer)
-    )
-    held = ends + norms + linears
+    held, ends = _weight_bytes(weights, arch, sizes, config, quantized=quantized)
     work = activation_bytes(sizes, config, max_model_len=config.max_model_len or sizes.max_positions)
-    after = free - held - work
+    beside, draft_block = (0, 0) if draft is None else _draft_bytes(draft, config)
+    after = free - held - work - beside
     refusal = None
-    per_block = _block_bytes(sizes, config, kv_types(config.kv_type, quantized=quantized))
+    per_block = _block_bytes(sizes, config, kv_types(config.kv_type, quantized=quantized)) + draft_block
     try:
         if after < 0:
             raise ConfigError(
-                f"weights ({held / _GB:.2f} GB) and working memory ({work / _GB:.2f} GB) exceed the "
+                f"weights ({held / _GB:.2f} GB) and working memory ({(work + beside) / _GB:.2f} GB) exceed the "
                 f"{free / _GB:.2f} GB that are free; use fewer bits, a smaller model, or a machine with more memory"
             )
-        cache = size_cache(sizes, config, quantized=quantized, free_bytes=after)
+        cache = size_cache(sizes, config, quantized=quantized, free_bytes=after, draft_block_bytes=draft_block)
         context, blocks, note = cache.max_model_len, cache.num_blocks, cache.note
     except ConfigError as error:
         context, blocks, note = config.max_model_len or sizes.max_positions, 0, None
@@ -243,7 +261,7 @@ def plan_memory(
         kv_bytes=blocks * per_block,
         kv_bytes_per_token=per_block // config.block_size,
         activation_bytes=work,
-        total_bytes=held + work + blocks * per_block,
+        total_bytes=held + work + beside + blocks * per_block,
         free_bytes=free,
         max_model_len=context,
         model_max_positions=sizes.max_positions,
@@ -255,6 +273,7 @@ def plan_memory(
         note=note,
         refusal=refusal,
         activation_bits=activation_bits,
+        draft_bytes=beside,
     )
 
 
@@ -262,13 +281,16 @@ def plan_model(model: str, config: EngineConfig) -> MemoryPlan:
     """`plan_memory` of a model by name: a directory, a .gguf file, a Hub id or "demo"."""
     from dibit.engine.checkpoint import open_checkpoint, resolve_model
 
-    checkpoint = open_checkpoint(resolve_model(model), gptq_zero=config.gptq_zero)
-    try:
+    with ExitStack() as opened:
+
+        def open_one(name: str) -> Checkpoint:
+            return opened.enter_context(closing(open_checkpoint(resolve_model(name), gptq_zero=config.gptq_zero)))
+
+        checkpoint = open_one(model)
+        draft = None if config.draft_model is None else open_one(config.draft_model)
         quantization = checkpoint.quantization
         activation_bits = None if quantization is None else quantization.activation_bits
-        return plan_memory(checkpoint, config=config, activation_bits=activation_bits)
-    finally:
-        checkpoint.close()
+        return plan_memory(checkpoint, config=config, activation_bits=activation_bits, draft=draft)
 
 
 def packed_bytes(n: int, k: int, format: Format, *, config: EngineConfig) -> int:
@@ -292,6 +314,28 @@ def _backend(format: Format, config: EngineConfig, activation_bits: int | None =
     except NoKernel as error:
         raise ConfigError(f"{error}; choose another backend, or auto") from error
     return chosen.backend
+
+
+def _weight_bytes(
+    weights: Weights, arch: Arch, sizes: Sizes, config: EngineConfig, *, quantized: bool
+) -> tuple[int, int]:
+    """All weights as held, and of them embedding and head."""
+    ends = _end_bytes(weights, arch, sizes, config, quantized=quantized)
+    norms = 4 * sizes.hidden * (2 * sizes.layers + 1)
+    norms += 4 * sizes.head_dim * sum(len(head_norm_names(arch, layer)) for layer in range(sizes.layers))
+    linears = sum(
+        _site_bytes(weights, site, config) for layer in range(sizes.layers) for site in sites(arch, sizes, layer)
+    )
+    return ends + norms + linears, ends
+
+
+def _draft_bytes(weights: Weights, config: EngineConfig) -> tuple[int, int]:
+    """Weights and working memory of a draft model, and a block of its cache."""
+    arch, sizes = resolve_arch(weights.config)
+    quantized = body_format(weights, arch, sizes) is not None
+    held, _ = _weight_bytes(weights, arch, sizes, config, quantized=quantized)
+    work = activation_bytes(sizes, config, max_model_len=sizes.max_positions)
+    return held + work, _block_bytes(sizes, config, kv_types(config.kv_type, quantized=quantized))
 
 
 def _site_bytes(weights: Weights, site: LinearSite, config: EngineConfig) -> int:

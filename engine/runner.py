@@ -59,6 +59,7 @@ class ModelRunner:
     """Implements step.Runner. Raises ConfigError when the cache that the settings ask for has no room.
 
     free_bytes  memory that the cache may be taken from (None: what is free now, with the weights already held)
+    draft_block_bytes  of a block in the cache of a draft model, which is to have as many
     size        of the cache, where it is decided already
     choose      tokens of rows (None: engine.sampler.sample)
 
@@ -77,6 +78,7 @@ class ModelRunner:
         config: EngineConfig,
         *,
         free_bytes: int | None = None,
+        draft_block_bytes: int = 0,
         size: CacheSize | None = None,
         choose: Choose | None = None,
     ) -> None:
@@ -86,7 +88,9 @@ class ModelRunner:
         if size is None:
             free = free_memory(decoder.device) if free_bytes is None else free_bytes
             free -= activation_bytes(sizes, config, max_model_len=config.max_model_len or sizes.max_positions)
-            size = size_cache(sizes, config, quantized=decoder.quantized, free_bytes=free)
+            size = size_cache(
+                sizes, config, quantized=decoder.quantized, free_bytes=free, draft_block_bytes=draft_block_bytes
+            )
         if size.note is not None:
             log.warning("%s", size.note)
         self.threads = set_threads(config, decoder)

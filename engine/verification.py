@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dibit.engine.request import Request
-from dibit.engine.sampler import Highest, distribution, place, sample, uniform
+from dibit.engine.sampler import Floats, Highest, Ids, distribution, place, sample, uniform
 from dibit.engine.speculation import Odds
 from dibit.engine.step import Sampled
 
@@ -90,6 +90,6 @@ def guess(logits: Tensor, request: Request) -> tuple[int, Odds] | Exception:
     return int(ids[place(q, uniform(request.seed, _DRAFT + request.num_output))]), Odds(ids, q)
 
 
-def _at(ids: np.ndarray[tuple[int], np.dtype[np.intp]], values: np.ndarray, token_id: int) -> float:  # type: ignore[type-arg]
+def _at(ids: Ids, values: Floats, token_id: int) -> float:
     at = int(np.searchsorted(ids, token_id))
     return float(values[at]) if at < len(ids) and ids[at] == token_id else 0.0

@@ -43,7 +43,7 @@ def families(stats: EngineStats) -> list[Family]:
     """All that is reported of an engine."""
     spoken = stats.speculation
     used = stats.num_blocks - stats.free_blocks
-    ended = {
+    ended: dict[str | None, float] = {
         "stop": stats.finished - stats.cut,
         "length": stats.cut,
         "abort": stats.aborted,
@@ -56,7 +56,7 @@ def families(stats: EngineStats) -> list[Family]:
         _gauge("backlog_tokens", "tokens to compute before every request decodes", stats.backlog_tokens),
         _counter("prompt_tokens_total", "tokens of prompts that were computed", stats.prompt_tokens),
         _counter("generation_tokens_total", "tokens generated", stats.generation_tokens),
-        Family("request_success_total", "counter", "requests ended, by reason", dict(ended), "finished_reason"),
+        Family("request_success_total", "counter", "requests ended, by reason", ended, "finished_reason"),
         _counter("prefix_cache_queries_total", "tokens looked up in the prefix cache", stats.prefix_queries),
         _counter("prefix_cache_hits_total", "tokens found in the prefix cache", stats.prefix_hits),
         _counter("num_preemptions_total", "requests that gave their KV blocks back", stats.preemptions),
