@@ -86,7 +86,7 @@ class Row {
     for (int64_t i = 0; i < width_; ++i) weights_[i] = scaled(scores_[i]) >= least ? weights_[i] : 0.0f;
   }
 
-  // Keeps the fewest that hold `share` of the weight, likeliest first and lower ids on ties.
+  // Keeps the fewest that hold `share` of the weight, but one at least, likeliest first and lower ids on ties.
   void nucleus(double share) {
     const double total = add_up();
     const double wanted = share * total;
@@ -97,14 +97,16 @@ class Row {
     for (int64_t i = 0; i < width_; ++i)
       if (weights_[i] > 0.0f && weights_[i] >= low) values.push_back(weights_[i]);
     const int64_t count = static_cast<int64_t>(values.size());
+    if (count == 0) return;
     int64_t sorted = 0, kept = 0;
     double held = 0.0;
-    for (int64_t take = kFirstTaken; kept < count && held < wanted; take *= 4) {
+    const auto more = [&] { return kept == 0 || held < wanted; };
+    for (int64_t take = kFirstTaken; kept < count && more(); take *= 4) {
       const int64_t end = std::min(count, sorted + take);
       if (end < count)
         std::nth_element(values.begin() + sorted, values.begin() + end - 1, values.end(), std::greater<float>());
       std::sort(values.begin() + sorted, values.begin() + end, std::greater<float>());
-      for (; kept < end && held < wanted; ++kept) held += values[static_cast<size_t>(kept)];
+      for (; kept < end && more(); ++kept) held += values[static_cast<size_t>(kept)];
       sorted = end;
     }
     const float least = values[static_cast<size_t>(kept - 1)];
