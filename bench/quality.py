@@ -71,10 +71,6 @@ WAYS = {
         source="fastfrac",
         tune=f"--objective kl {TUNED}",
     ),
-    "full": Way(
-        "GPTQ's codes, Block-AP, then end to end, all with fractional zero points",
-        f"--method efficientqat --zero-grid fractional --samples 256 -O start=gptq -O steps=96 {RATES} -O end_steps=56",
-    ),
     "recipe": Way("`--recipe best --zero-grid fractional`", "--recipe best --zero-grid fractional"),
     "smooth": Way("RTN with SmoothQuant's scales", "--method smoothquant --samples 32"),
 }
@@ -95,7 +91,7 @@ class Table:
 ALL = ("rtn", "gptq", "awq", "omni", "affine", "bap", "eqat", "fast", "fastfrac", "best")
 ROUNDED = ("smooth", "omni", "affine")
 TABLES = (
-    Table("2", "2 bits, groups of 64", "--bits 2 --group-size 64", (*ALL, "full", "recipe")),
+    Table("2", "2 bits, groups of 64", "--bits 2 --group-size 64", (*ALL, "recipe")),
     Table("2-seed1", "2 bits, groups of 64, second seed", "--bits 2 --group-size 64", LEARNED, seed=1),
     Table("3", "3 bits, groups of 64", "--bits 3 --group-size 64", ("rtn", "gptq", "eqat", "fast", "fastfrac", "best")),
     Table("3pc", "3 bits, a scale for each row", "--bits 3 --group-size=-1", ALL),
