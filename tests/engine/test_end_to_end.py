@@ -110,3 +110,16 @@ def test_scores_are_those_of_the_generated_tokens(llm: LLM) -> None:
     assert said.logprobs is not None
     for score, entry in zip(scores[-6:], said.logprobs, strict=True):
         assert math.isclose(score, entry.logprob, abs_tol=1e-4)
+
+
+def test_a_draft_model_changes_no_token(low_bit_demo: Any) -> None:
+    settings: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 8, "threads": 1}
+    with LLM(low_bit_demo, **settings) as plain:
+        expected = plain.generate(PROMPTS, GREEDY)
+    drafting = {"speculative": "draft", "draft_model": str(low_bit_demo), "num_speculative_tokens": 3}
+    with LLM(low_bit_demo, **settings, **drafting) as llm:
+        assert same(llm.generate(PROMPTS, GREEDY), expected)
+        stats = llm.core.stats()
+    assert stats.speculation.accepted == stats.speculation.drafted > 0
+    assert {reason for reason, _ in stats.untaped_steps} == {"prefill"}
+    assert stats.taped_steps > 0
