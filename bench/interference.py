@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 import statistics
 import sys
@@ -25,6 +24,7 @@ from dibit.engine.build import build_core
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.core import EngineCore
 from dibit.engine.errors import ConfigError, DibitError
+from dibit.server.output import write_json
 
 STREAM_PROMPT_LEN = 32
 
@@ -217,9 +217,7 @@ def main() -> None:
     )
     if asked.json is not None:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
-        aside = asked.json.with_suffix(".part")
-        aside.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
-        aside.rename(asked.json)
+        write_json(result, str(asked.json))
     facts = result.machine
     print(f"{facts.cpu}, {facts.threads} threads, {facts.isa}; dibit {facts.commit}; {result.model}\n")
     print(text_of(result))

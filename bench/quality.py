@@ -10,13 +10,13 @@ measure it again. A run that was interrupted goes on where it was. Checkpoints g
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dibit.bench.figures import PAPERS_GPTQ, RESULTS, read, run
+from dibit.server.output import write_json
 
 # Rates for little text: Block-AP's defaults are those of thousands of sequences.
 RATES = "-O weight_rate=0.012 -O scale_rate=0.005 -O zero_rate=0.01"
@@ -177,9 +177,8 @@ def measure(row: Row, args: argparse.Namespace) -> None:
         report = read(out / "finetune_report.json")
         names = ("settings", "data", "seconds", "tokens", "tokens_per_s", "matmul_share", "held_out", "best_step")
         record["finetune"] = {name: report[name] for name in names}
-    aside = target.with_suffix(".part")
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.rename(target)
+        record["finetune"]["data"] |= {"file": Path(report["data"]["file"]).name}
+    write_json(record, str(target))
 
 
 def make_words(row: Row, args: argparse.Namespace) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from dibit.engine.build import build_core
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.core import EngineCore
 from dibit.engine.errors import ConfigError, DibitError, RequestError
+from dibit.server.output import write_json
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,7 @@ def main() -> None:
         sys.exit(f"speculation: {error}")
     if asked.json is not None:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
-        aside = asked.json.with_suffix(".part")
-        aside.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
-        aside.rename(asked.json)
+        write_json(result, str(asked.json))
     facts = result.machine
     print(f"{facts.cpu}, {facts.threads} threads, {facts.isa}; dibit {facts.commit}; {result.model}\n")
     print(text_of(result))

@@ -121,10 +121,10 @@ class EngineConfig:
         if self.head_bits not in (4, 8, 16):
             raise ConfigError(f"head_bits is {self.head_bits}; supported: 4, 8, 16")
         for name, allowed in (
-            ("device", ("auto", "cpu", "cuda")),
-            ("backend", ("auto", "cpu", "triton", "reference")),
-            ("gptq_zero", ("auto", "v1", "v2")),
-            ("speculative", ("off", "ngram", "draft")),
+            ("device", get_args(Device)),
+            ("backend", get_args(BackendName)),
+            ("gptq_zero", get_args(GPTQZero)),
+            ("speculative", get_args(Speculative)),
             ("kv_type", get_args(KVType)),
         ):
             if getattr(self, name) not in allowed:

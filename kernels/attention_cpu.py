@@ -15,7 +15,7 @@ from torch import Tensor
 from dibit.kernels import native, tape
 from dibit.kernels.attention import check_paged_attention
 from dibit.kernels.contract import ContractError
-from dibit.kernels.kv import head_dim, paired, row_width
+from dibit.kernels.kv import caches_fit, head_dim
 from dibit.kernels.rope_cpu import CACHE_REALS
 
 _F32, _I32 = torch.float32, torch.int32
@@ -52,14 +52,7 @@ def paged_attention(
         and q.is_contiguous()
         and heads * d == q.shape[1]
         and heads % kv_heads == 0
-        and k_cache.dtype in CACHE_REALS
-        and v_cache.dtype in CACHE_REALS
-        and paired(k_cache.dtype, v_cache.dtype)
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
-        and v_cache.shape[:3] == k_cache.shape[:3]
-        and k_cache.shape[3] == row_width(d, k_cache.dtype)
-        and v_cache.shape[3] == row_width(d, v_cache.dtype)
+        and caches_fit(k_cache, v_cache, d, types=CACHE_REALS)
         and cu_seqlens.dtype is _I32
         and seq_lens.dtype is _I32
         and block_tables.dtype is _I32
@@ -69,8 +62,6 @@ def paged_attention(
         and block_tables.shape[0] == sequences
         and block_tables.stride(1) == 1
         and q.is_cpu
-        and k_cache.is_cpu
-        and v_cache.is_cpu
         and cu_seqlens.is_cpu
         and seq_lens.is_cpu
         and block_tables.is_cpu

@@ -16,6 +16,8 @@ its group is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,22 @@ def check_cache(dims: Dims, k_cache: Tensor, v_cache: Tensor, d: int, *, types: 
             raise ContractError(
                 f"{dims.op}: {name} has rows of {cache.shape[3]}; a head dim of {d} has {wanted} of {cache.dtype}"
             )
+
+
+def caches_fit(k_cache: Tensor, v_cache: Tensor, d: int, *, types: Collection[torch.dtype]) -> bool:
+    """Whether `check_cache` would let them pass, and they lie in main memory: what a hot path asks."""
+    return (
+        k_cache.dtype in types
+        and v_cache.dtype in types
+        and paired(k_cache.dtype, v_cache.dtype)
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+        and v_cache.shape[:3] == k_cache.shape[:3]
+        and k_cache.shape[3] == row_width(d, k_cache.dtype)
+        and v_cache.shape[3] == row_width(d, v_cache.dtype)
+        and k_cache.is_cpu
+        and v_cache.is_cpu
+    )
 
 
 def head_dim(cache: Tensor) -> int:

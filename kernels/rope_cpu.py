@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dibit.kernels import native, tape
 from dibit.kernels.contract import ContractError
-from dibit.kernels.kv import INT4, INT8, head_dim, paired, row_width
+from dibit.kernels.kv import INT4, INT8, caches_fit, head_dim
 from dibit.kernels.rope import check_rope_kv_write
 
 CACHE_REALS = {
@@ -69,17 +69,8 @@ def rope_kv_write(
         and sin.is_contiguous()
         and cos.shape == sin.shape
         and 2 * half <= d
-        and k_cache.dtype in CACHE_REALS
-        and v_cache.dtype in CACHE_REALS
-        and paired(k_cache.dtype, v_cache.dtype)
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
-        and v_cache.shape[:3] == k_cache.shape[:3]
-        and k_cache.shape[3] == row_width(d, k_cache.dtype)
-        and v_cache.shape[3] == row_width(d, v_cache.dtype)
+        and caches_fit(k_cache, v_cache, d, types=CACHE_REALS)
         and qkv.is_cpu
-        and k_cache.is_cpu
-        and v_cache.is_cpu
         and positions.is_cpu
         and slots.is_cpu
         and cos.is_cpu
