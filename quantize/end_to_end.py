@@ -53,8 +53,8 @@ class EndToEnd:
     steps       optimizer steps
     batch       examples in a step
     held_out    share of the examples that chooses the state to keep
-    scale_rate  learning rate of the step sizes, in their mean size
-    norm_rate   learning rate of the norms, in their mean size; 0 leaves them as they are
+    scale_rate  learning rate of the step sizes at 2 bits, in their mean size; half as much with each bit more
+    norm_rate   learning rate of the norms, likewise; 0 leaves them as they are
     warmup      share of the steps in which the rates rise from 0
     clip        longest gradient, over all parameters; a longer one is shortened
     precision   in which steps multiply matrices: auto, float32 or bfloat16
@@ -193,7 +193,10 @@ class EndToEndTraining:
         self._training, self._held_out = rows[: count - held_out], rows[count - held_out :]
         rates = torch.empty_like(model.values)
         for slot in model.slots:
-            rates[slot.start : slot.stop] = settings.scale_rate if slot.scales else settings.norm_rate
+            rate = settings.scale_rate if slot.scales else settings.norm_rate
+            # A step size moves the outermost weight by half the range times as much; what it may cost shrinks with the
+            # distance between two levels.
+            rates[slot.start : slot.stop] = rate * 2 ** (2 - slot.bits)
         self._rates = rates
         self._begin = model.values.clone()
 

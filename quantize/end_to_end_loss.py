@@ -38,7 +38,7 @@ class Wanted:
 class Sums:
     """Over `tokens` rows: divergence, negative log-likelihood of the labels, rows whose highest logit is the teacher's.
 
-    `kl` and `agreed` are zero without a teacher.
+    `kl` and `agreed` are zero without a teacher, `agreed` also where gradients were asked for.
     """
 
     tokens: int = 0
@@ -71,7 +71,8 @@ def predict(x: Tensor, head: Tensor, wanted: Wanted, *, objective: Objective | N
         target, kl, agreed = None, 0.0, 0
         if wanted.teacher is not None and wanted.head is not None:
             theirs = _log_softmax(_product(wanted.teacher[rows], wanted.head.T))
-            agreed = int((theirs.argmax(dim=1) == own.argmax(dim=1)).sum())
+            if grad is None:
+                agreed = int((theirs.argmax(dim=1) == own.argmax(dim=1)).sum())
             target = theirs.exp()
             kl = float(torch.linalg.vecdot(target, theirs.sub_(own)).sum(dtype=torch.float64))
             del theirs

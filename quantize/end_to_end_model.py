@@ -38,19 +38,26 @@ from dibit.kernels.norm import rms_norm_reference
 from dibit.quantize.activations import rounded_inputs
 from dibit.quantize.fake_quantize import straight
 
+# Stands for the width of float weights, where a norm scales nothing else.
+FLOAT_BITS = 8.0
 # A step size may shrink to this share of where it began.
 LEAST_SCALE = 0.05
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A trained tensor: `values[start:stop]`, reshaped and multiplied by `unit`. `scales`: step sizes, else a norm."""
+    """A trained tensor: `values[start:stop]`, reshaped and multiplied by `unit`.
+
+    scales  step sizes, else a norm
+    bits    of the codes that it scales; of a norm's, the mean over the linears of its block, or of the model
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
     unit: float
     scales: bool
+    bits: float
 
     @property
     def stop(self) -> int:
@@ -139,7 +146,7 @@ class LowBitModel:
             )
         name = f"{arch.final_norm}.weight"
         self._final_norm = read_tensor(source, name, (sizes.hidden,))
-        self._final_slot = self._slot(name, self._final_norm, scales=False) if norms else None
+        self._final_slot = self._slot(name, self._final_norm, bits=_mean_bits(self._slots)) if norms else None
         self.values = torch.cat([value.reshape(-1) for value in self._begin])
         self.least = torch.full_like(self.values, -math.inf)
         for slot in self._slots:
@@ -236,8 +243,9 @@ class LowBitModel:
         names = norm_names(self.arch, layer)
         attn, mlp = (read_tensor(self._source, name, (self.sizes.hidden,)) for name in names)
         if self._norms:
+            bits = _mean_bits(self._slots[first:])
             for name, norm in zip(names, (attn, mlp), strict=True):
-                self._slot(name, norm, scales=False)
+                self._slot(name, norm, bits=bits)
         heads = head_norm_names(self.arch, layer)
         fixed = tuple(read_tensor(self._source, name, (self.sizes.head_dim,)) for name in heads)
         return _Layer(own, (attn, mlp), fixed, {slot.name: slot for slot in self._slots[first:]})
@@ -255,15 +263,16 @@ class LowBitModel:
                     "model again with `dibit quantize`"
                 )
             words = pack_stream(found.codes, found.format.bits)
-            slot = self._slot(part.module, round_scales(found.scales.float()), scales=True)
+            scales = round_scales(found.scales.float())
+            slot = self._slot(part.module, scales, bits=found.format.bits, scales=True)
             parts.append(_Part(_Packed(words, zero_points(found.zeros, found.format), found.format), slot, None))
         return _Site(site.key, tuple(parts), read_bias(self._source, site))
 
-    def _slot(self, name: str, value: Tensor, *, scales: bool) -> Slot:
+    def _slot(self, name: str, value: Tensor, *, bits: float, scales: bool = False) -> Slot:
         mean = float(value.abs().mean())
         unit = 2.0 ** round(math.log2(mean)) if mean > 0 else 1.0
         start = self._slots[-1].stop if self._slots else 0
-        slot = Slot(name, tuple(value.shape), start, unit, scales)
+        slot = Slot(name, tuple(value.shape), start, unit, scales, bits)
         self._slots.append(slot)
         self._begin.append(value / unit)
         return slot
@@ -295,6 +304,12 @@ class LowBitModel:
     def _norm(self, slot: Slot, leaf: Tensor) -> Tensor:
         value = leaf * slot.unit
         return straight(value, value.detach().to(self._stored_type(slot.name)).float())
+
+
+def _mean_bits(slots: Sequence[Slot]) -> float:
+    """Of the step sizes among them."""
+    bits = [slot.bits for slot in slots if slot.scales]
+    return sum(bits) / len(bits) if bits else FLOAT_BITS
 
 
 def _weight(part: _Part, leaves: Mapping[str, Tensor]) -> Tensor:

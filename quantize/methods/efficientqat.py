@@ -24,7 +24,8 @@ class EfficientQAT(BlockAP):
     objective     kl, the divergence from the float model's predictions, or ce, the next token as in the paper
     end_steps     optimizer steps
     end_batch     sequences in a step
-    end_scale_rate, end_norm_rate  learning rates of step sizes and norms, in their mean size
+    end_scale_rate, end_norm_rate  learning rates of step sizes and norms at 2 bits, in their mean size; half as much
+                  with each bit more
     """
 
     objective: str = "kl"

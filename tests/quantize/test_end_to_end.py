@@ -24,10 +24,12 @@ from dibit.engine.errors import CheckpointError, ConfigError
 from dibit.engine.models import resolve_arch
 from dibit.kernels.formats import QTensor, dequantize
 from dibit.quantize import quantize_checkpoint
-from dibit.quantize.end_to_end import EndToEnd, EndToEndReport, TrainingFailure
+from dibit.quantize.end_to_end import EndToEnd, EndToEndReport, EndToEndTraining, TrainingFailure
 from dibit.quantize.end_to_end_loss import Wanted, predict
 from dibit.quantize.end_to_end_model import LowBitModel
+from dibit.quantize.end_to_end_state import load_state
 from dibit.quantize.finetune import train_end_to_end
+from dibit.quantize.instruction import Examples
 from dibit.quantize.plan import Plan
 
 LENGTH, SAMPLES = 24, 16
@@ -121,7 +123,27 @@ def test_closed_gradients_are_those_of_autograd(objective: Any) -> None:
     torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-8)
     assert sums.kl / rows == pytest.approx(float(kl.detach()), rel=1e-5)
     assert sums.nll / rows == pytest.approx(float(nll.detach()), rel=1e-5)
-    assert sums.agreed == int((own.argmax(1) == theirs.argmax(1)).sum())
+    judged, none = predict(x, head, Wanted(labels, taught, other), objective=None)
+    assert none is None
+    assert judged.agreed == int((own.argmax(1) == theirs.argmax(1)).sum())
+    assert judged.kl == pytest.approx(sums.kl)
+
+
+def test_a_step_is_half_as_long_with_each_bit_more(low: Path, unseen: Tensor, tmp_path: Path) -> None:
+    """Adam's first step moves everything by its rate: step sizes of 3 bits by half of what those of 2 bits move."""
+    _, model = opened(low)
+    tokens = unseen[:4, :17]
+    examples = Examples(tokens, torch.arange(17).lt(16).expand(4, 17), {})
+    settings = dataclasses.replace(SHORT, objective="ce", steps=1, warmup=0.0, clip=1e6)
+    begin = model.values.clone()
+    EndToEndTraining(model, examples, None, settings, seed=0, directory=tmp_path).run()
+    saved = load_state(tmp_path)
+    assert saved is not None
+    moved = (saved[0].values - begin).abs()
+    for slot in model.slots:
+        rate = (settings.scale_rate if slot.scales else settings.norm_rate) * 2 ** (2 - slot.bits)
+        assert float(moved[slot.start : slot.stop].median()) == pytest.approx(rate, rel=1e-2), slot.name
+    assert {slot.bits for slot in model.slots if slot.scales} == {2, 3}
 
 
 def test_it_begins_exactly_at_the_checkpoint(low: Path) -> None:
