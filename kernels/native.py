@@ -101,19 +101,20 @@ def set_recorder(recorder: Recorder | None) -> None:
 
 
 def isa() -> str:
-    """Instruction set in use: "portable", "avx2" or "avx512" (512 bits in attention, VNNI in qlinear, else avx2)."""
+    """Instruction set in use: "portable", "avx2", "avx512" (512 bits in attention, VNNI in qlinear, else avx2) or "amx"
+    (matrix units in qlinear, else avx512)."""
     name: bytes = library().dibit_isa()
     return name.decode()
 
 
 def set_isa(name: str) -> None:
-    """Use the bodies of another instruction set from the next op on: "portable", "avx2" or "avx512".
+    """Use the bodies of another instruction set from the next op on: "portable", "avx2", "avx512" or "amx".
 
     The environment's DIBIT_ISA does the same at the start. Raises NativeError for what this machine lacks.
     """
     status = library().dibit_set_isa(name.encode())
     if status != 0:
-        reason = "is not one of portable, avx2, avx512" if status == 1 else "is more than this machine has"
+        reason = "is not one of portable, avx2, avx512, amx" if status == 1 else "is more than this machine has"
         raise NativeError(f"instruction set {name!r} {reason}")
 
 

@@ -4,13 +4,33 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(DIBIT_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace dibit {
 namespace {
 
-enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 
-int machine_level() {
+// Whether the processor multiplies tiles of int8, and Linux lets this process: tiles are 8 KB of state that a process
+// has to ask for, once and for all of its threads (Documentation/arch/x86/xstate.rst).
+bool granted_amx() {
+#if defined(DIBIT_AMX)
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTile) != 0 && (d & kInt8) != 0;
+  return has && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+int find_machine_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
@@ -18,15 +38,21 @@ int machine_level() {
   const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
-  return vnni ? kAvx512 : kAvx2;
+  if (!vnni) return kAvx2;
+  return granted_amx() ? kAmx : kAvx512;
 #else
   return kPortable;
 #endif
 }
 
+int machine_level() {
+  static const int found = find_machine_level();
+  return found;
+}
+
 // The level called `name`, or -1.
 int level_of(const char* name) {
-  for (int level = kPortable; level <= kAvx512; ++level)
+  for (int level = kPortable; level <= kAmx; ++level)
     if (std::strcmp(name, kNames[level]) == 0) return level;
   return -1;
 }
@@ -46,6 +72,8 @@ std::atomic<int>& level() {
 Isa isa() { return level().load(std::memory_order_relaxed) >= kAvx2 ? Isa::avx2 : Isa::portable; }
 
 bool avx512_vnni() { return level().load(std::memory_order_relaxed) >= kAvx512; }
+
+bool amx_int8() { return level().load(std::memory_order_relaxed) >= kAmx; }
 
 }  // namespace dibit
 

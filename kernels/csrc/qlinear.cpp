@@ -18,6 +18,9 @@ namespace {
 enum Status { kOk = 0, kBadLayout = 1, kCodeTooLarge = 2, kBadId = 3, kNoMemory = 4 };
 
 const QKernels& kernels() {
+#if defined(DIBIT_AMX)
+  if (amx_int8()) return amx_kernels();
+#endif
 #if defined(__x86_64__)
   if (isa() == Isa::avx2) return avx512_vnni() ? avx512_kernels() : avx2_kernels();
 #endif
@@ -127,7 +130,7 @@ int64_t token_block(const QWeight& w, int64_t m) {
   constexpr int64_t kBudget = 512 << 10;
   const int64_t most = std::clamp<int64_t>(kBudget / w.padded, 32, kMaxTokens);
   const int64_t count = (m + most - 1) / most;
-  return std::min<int64_t>(((m + count - 1) / count + 3) / 4 * 4, kMaxTokens);
+  return std::min<int64_t>(((m + count - 1) / count + 15) / 16 * 16, kMaxTokens);
 }
 
 // Work that is worth waking a second thread for, in bytes of weights times tokens.

@@ -20,11 +20,13 @@
 //
 // z = zero_first + zero_step * field, one fma; isum - z * asum another: exact where z is an integer (all below 2^24),
 // rounded once where it is a fraction.
-// then + bias. Every body (portable, AVX2, AVX-512; one token or many) follows exactly this order of float
+// then + bias. Every body (portable, AVX2, AVX-512, AMX; one token or many) follows exactly this order of float
 // operations, so that they agree bit for bit and a row of y does not depend on the other rows. A block (or row) that
 // holds a NaN or an infinity has scale NaN, hence a row of y that is NaN.
 #pragma once
 #include <cstdint>
+
+#include "isa.h"
 
 namespace dibit {
 
@@ -77,6 +79,9 @@ const QKernels& portable_kernels();
 #if defined(__x86_64__)
 const QKernels& avx2_kernels();
 const QKernels& avx512_kernels();
+#if defined(DIBIT_AMX)
+const QKernels& amx_kernels();
+#endif
 // The activations of the AVX-512 body too: a division per element bounds it.
 void quantize_avx2(const float* x, const QWeight& w, int row_qmax, int8_t* codes, float* scales, float* sums);
 #endif

@@ -90,6 +90,6 @@ def test_machine_facts_name_the_machine() -> None:
     assert facts.cpu
     assert facts.cores >= 1
     assert facts.threads == native.threads()
-    assert facts.isa in ("portable", "avx2", "avx512")
+    assert facts.isa in ("portable", "avx2", "avx512", "amx")
     assert facts.cache_bytes == last_level_cache_bytes() >= 0
     assert facts.torch == torch.__version__

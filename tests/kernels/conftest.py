@@ -10,7 +10,7 @@ import pytest
 
 from dibit.kernels import native
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "amx")
 
 # Another build of the kernels, such as that of `make sanitize`. Before anything loads the library.
 if "DIBIT_TEST_LIBRARY" in os.environ:

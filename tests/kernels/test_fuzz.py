@@ -46,7 +46,7 @@ INT32 = st.one_of(st.integers(-3, 9), st.sampled_from([-(1 << 31), (1 << 31) - 1
 INT64 = st.one_of(st.integers(-3, 40), st.sampled_from([-(1 << 63), (1 << 63) - 1, 1 << 40]))
 
 
-@pytest.fixture(autouse=True, params=["portable", "avx2", "avx512"])
+@pytest.fixture(autouse=True, params=["portable", "avx2", "avx512", "amx"])
 def body(request: pytest.FixtureRequest) -> Iterator[None]:
     """On two threads, with each instruction set that the machine has."""
     isa, threads = native.isa(), native.threads()

@@ -26,7 +26,7 @@ def fresh_library() -> Iterator[None]:
     native.library.cache_clear()
 
 
-@pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512", "amx"])
 def test_the_environment_lowers_the_instruction_set(wanted: str, isas: tuple[str, ...]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -43,7 +43,7 @@ def test_instruction_sets_can_be_switched(isas: tuple[str, ...]) -> None:
     for name in isas:
         native.set_isa(name)
         assert native.isa() == name
-    with pytest.raises(native.NativeError, match="'mmx' is not one of portable, avx2, avx512"):
+    with pytest.raises(native.NativeError, match="'mmx' is not one of portable, avx2, avx512, amx"):
         native.set_isa("mmx")
 
 
