@@ -72,11 +72,8 @@ class _Watch:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
-        self.num_blocks, self.block_size, self.max_model_len = (
-            runner.num_blocks,
-            runner.block_size,
-            runner.max_model_len,
-        )
+        self.num_blocks, self.block_size = runner.num_blocks, runner.block_size
+        self.max_model_len, self.num_layers = runner.max_model_len, runner.num_layers
         self.last = Step(())
         self.elapsed_s = self.tape_s = 0.0
 

@@ -87,8 +87,8 @@ def measure(
     """Raises ConfigError when the engine has no room for it."""
     if min(streams, prompt_len, quiet_steps, repeats) < 1:
         raise ConfigError("streams, prompt-len, quiet-steps and repeats must be at least 1")
-    # At least 16 tokens of a prompt go into a step (step_cost.py), so that this many tokens are enough for a stream.
-    length = quiet_steps + prompt_len // 8 + 32
+    # Enough while two tokens of a prompt go into a step.
+    length = quiet_steps + prompt_len // 2 + 32
     size = core.pool.block_size
     blocks = -(-(prompt_len + 1) // size) + streams * -(-(STREAM_PROMPT_LEN + length) // size)
     blocks += -(-blocks // 16)  # a request enters only beside some free ones

@@ -30,7 +30,7 @@ class EngineConfig:
     max_num_seqs      sequences in one step
     max_batch_tokens  tokens in one step; a longer prompt is prefilled in chunks of at most this many
     max_itl_ratio     how many times longer prompts may make a step beside requests that decode than it takes without
-                      them (0: no bound); they get at least 16 tokens a step
+                      them (0: no bound; chunker.py)
     max_queued        requests waiting beyond the running ones before CapacityError
     block_size        tokens in a KV block
     kv_bytes          size of the KV cache (None: what max_num_seqs full-length sequences need, at most

@@ -67,7 +67,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.config = config
         self.pool = BlockPool(runner.num_blocks, runner.block_size)
-        self.scheduler = Scheduler(self.pool, config, drafter=drafter)
+        self.scheduler = Scheduler(self.pool, config, num_layers=runner.num_layers, drafter=drafter)
         self.max_model_len = min(runner.max_model_len, runner.num_blocks * runner.block_size)
         self.dead: str | None = None
         self._tickets: dict[str, Ticket] = {}
@@ -315,11 +315,16 @@ class EngineCore:
     def _measure(self, step: Step, elapsed_s: float) -> None:
         decodes = sum(chunk.request.decodes for chunk in step.chunks)
         drafts = sum(len(chunk.drafts) for chunk in step.chunks)
-        new = step.num_tokens - decodes - drafts
-        self.scheduler.cost.observe(elapsed_s, decodes=decodes, prompt_tokens=new, drafts=drafts)
-        prompt = sum(chunk.count for chunk in step.chunks if chunk.count > 1)
-        if prompt and elapsed_s > 0:
-            rate = prompt / elapsed_s
+        tokens = keys = 0.0
+        for chunk in step.chunks:
+            if not chunk.request.decodes:
+                share = chunk.count * chunk.share(self.runner.num_layers)
+                tokens += share
+                keys += share * (chunk.start + chunk.count / 2)
+        context = keys / tokens if tokens else 0.0
+        self.scheduler.cost.observe(elapsed_s, decodes=decodes, prompt_tokens=tokens, context=context, drafts=drafts)
+        if tokens and elapsed_s > 0:
+            rate = tokens / elapsed_s
             last = self._prefill_tok_s or rate
             self._prefill_tok_s = last + _RATE_SMOOTHING * (rate - last)
 

@@ -39,6 +39,14 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The next `count` tokens have been through the first `layers` layers of the model."""
+
+    count: int
+    layers: int
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """State of one sequence. `seed` is always set: the caller's, or one drawn on arrival.
@@ -62,6 +70,7 @@ class Request:
     stop_reason: str | int | None = None
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    begun: Begun | None = None
     num_cached: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)

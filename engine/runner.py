@@ -23,9 +23,10 @@ from dibit.engine.decode_tape import DecodeTapes
 from dibit.engine.kv_cache import allocate
 from dibit.engine.memory_plan import LOGIT_BYTES, CacheSize, activation_bytes, free_memory, size_cache
 from dibit.engine.models.decoder import Decoder
+from dibit.engine.prompt_slices import PromptSlices, at_once
 from dibit.engine.request import Request, TokenLogprob
 from dibit.engine.sampler import Highest, beside, prompt_logprobs, sample
-from dibit.engine.step import Chunk, Sampled, Step, StepCounts, StepResult
+from dibit.engine.step import Chunk, Sampled, Step, StepCounts, StepResult, joined
 from dibit.engine.verification import verify
 from dibit.kernels import native
 from dibit.kernels.tape import Tape
@@ -63,7 +64,7 @@ class ModelRunner:
     size        of the cache, where it is decided already
     choose      tokens of rows (None: engine.sampler.sample)
 
-    taped_steps    steps that were replayed from a tape (the recording of one counts too)
+    taped_steps    steps whose decoding was replayed from a tape (the recording of one counts too)
     untaped        the other steps by what kept them from it: "prefill", "prompt_logprobs", "no_tape", "rows" (more
                    tokens than a tape has rows)
     beside_tape    rows of taped steps whose token was chosen after it, by reason: "penalties", "logprobs"
@@ -112,6 +113,7 @@ class ModelRunner:
         self.scoring_s = 0.0
         self.listener: Callable[[str, int, Tensor], None] | None = None
         self._tapes = self._decode_tapes()
+        self._slices = PromptSlices(decoder, self.cache, self._cos, self._sin)
 
     @property
     def num_blocks(self) -> int:
@@ -124,6 +126,10 @@ class ModelRunner:
     @property
     def max_model_len(self) -> int:
         return self._max_model_len
+
+    @property
+    def num_layers(self) -> int:
+        return self.decoder.sizes.layers
 
     @property
     def step_counts(self) -> StepCounts:
@@ -144,6 +150,17 @@ class ModelRunner:
 
     def execute(self, step: Step) -> StepResult:
         """Compute a step. Faults of single rows are in `failed`; anything else raises."""
+        sliced = [chunk for chunk in step.chunks if not chunk.whole]
+        if not sliced:
+            return self._execute(step)
+        results = [self._slice(chunk) for chunk in sliced]
+        if len(sliced) < len(step.chunks):
+            results.append(self._execute(Step(tuple(chunk for chunk in step.chunks if chunk.whole))))
+        else:
+            self.untaped["prefill"] += 1
+        return joined(results)
+
+    def _execute(self, step: Step) -> StepResult:
         reason = next(filter(None, map(_more_than_decoding, step.chunks)), None)
         if reason is None and self._tapes is not None:
             if step.num_tokens <= self._tapes.max_rows:
@@ -203,7 +220,21 @@ class ModelRunner:
         batch = build_batch(
             step, block_size=self.block_size, rows=None if everything else rows.index, device=self.decoder.device
         )
-        hidden = self.decoder.hidden(batch, self.cache, self._cos, self._sin)
+        return self._result(rows, self.decoder.hidden(batch, self.cache, self._cos, self._sin))
+
+    @torch.inference_mode()
+    def _slice(self, chunk: Chunk) -> StepResult:
+        """Some layers of a chunk; its result is empty before the last one."""
+        rows = _rows(Step((at_once(chunk),)))
+        if chunk.first_layer == 0:
+            step = Step((at_once(chunk),))
+            batch = build_batch(step, block_size=self.block_size, rows=rows.index, device=self.decoder.device)
+            self._slices.begin(chunk, batch)
+        hidden = self._slices.run(chunk)
+        return StepResult({}) if hidden is None else self._result(rows, hidden)
+
+    def _result(self, rows: _Rows, hidden: Tensor) -> StepResult:
+        """What comes of final hidden states [R, hidden]."""
         drawn = _Drawn(self._choose or sample)
         for start in range(0, len(rows.sampling), self._rows_per_slice):
             requests = rows.sampling[start : start + self._rows_per_slice]

@@ -5,8 +5,8 @@ with the first. Decoding, (chunked) prefill, prefix-cache hits and recomputation
 
 Order of service: running requests, oldest first; then waiting ones, first come, first served. A request enters only
 when some budget is left, so at most one running request still has a prompt to compute, and it is the youngest: every
-other one decodes, and none of them waits behind a long prompt. Beside requests that decode, prompts get no more tokens
-than keep the step within max_itl_ratio times what it takes without them, as far as that was measured (step_cost.py).
+other one decodes, and none of them waits behind a long prompt. How much of a prompt is computed beside them in a step
+is chunker.py's to say.
 
 A request enters with the blocks of everything it has so far, plus a small reserve, so that it is not thrown out at
 once. When a running request needs a block and none is left, the youngest running one gives its blocks up and waits
@@ -25,8 +25,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dibit.engine.blocks import BlockPool, block_key, root_key
+from dibit.engine.chunker import Chunker
 from dibit.engine.config import EngineConfig
-from dibit.engine.request import FinishReason, Request, Status
+from dibit.engine.request import Begun, FinishReason, Request, Status
 from dibit.engine.speculation import Asked, Drafter, PromptLookup
 from dibit.engine.speculator import Speculator
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
@@ -48,14 +49,19 @@ class Advance:
 
 
 class Scheduler:
-    """Owns the queue, the running list and every request's block table."""
+    """Owns the queue, the running list and every request's block table.
 
-    def __init__(self, pool: BlockPool, config: EngineConfig, *, drafter: Drafter | None = None) -> None:
+    num_layers  that the chunks of prompts may be cut into
+    """
+
+    def __init__(
+        self, pool: BlockPool, config: EngineConfig, *, num_layers: int = 1, drafter: Drafter | None = None
+    ) -> None:
         self.pool = pool
         self.max_num_seqs = config.max_num_seqs
         self.max_batch_tokens = config.max_batch_tokens
-        self.max_itl_ratio = config.max_itl_ratio
         self.cost = StepCost()
+        self._chunker = Chunker(self.cost, max_ratio=config.max_itl_ratio, num_layers=num_layers)
         self.prefix_cache = config.prefix_cache
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of entry: the last is the youngest
@@ -111,6 +117,7 @@ class Scheduler:
         self.pool.release(request.block_ids)
         request.block_ids = []
         request.num_computed = 0
+        request.begun = None
         request.drafting.lose_blocks()
         request.num_preemptions += 1
         request.status = Status.WAITING
@@ -121,31 +128,35 @@ class Scheduler:
         """The next step, with the blocks for it allotted; empty only when there is no request."""
         chunks: list[Chunk] = []
         budget = self.max_batch_tokens
-        prompt_budget = self._prompt_budget()
+        decodes = sum(request.decodes for request in self.running)
+        prompts = bool(self.waiting) or decodes < len(self.running)
+        chunker = self._chunker
+        chunker.begin_step(decodes=decodes, prompts=prompts)
         for request in tuple(self.running):
             if request.status is not Status.RUNNING:
                 break
-            count = min(request.num_tokens - request.num_computed, budget)
-            if not request.decodes:
-                count = min(count, prompt_budget)
-            while not self._grow(request, request.num_computed + count):
+            if request.decodes:
+                chunk = Chunk(request, request.num_computed, 1)
+            elif chunker.open:
+                chunk = chunker.cut(request, budget=budget)
+            else:
+                continue
+            while not self._grow(request, chunk.stop):
                 youngest = self.running[-1]
                 self.preempt(youngest)
                 if youngest is request:
                     break
             else:
-                chunks.append(Chunk(request, request.num_computed, count))
-                budget -= count
-                if not request.decodes:
-                    prompt_budget -= count
-        while min(budget, prompt_budget) > 0 and self.waiting and len(self.running) < self.max_num_seqs:
+                chunks.append(chunk)
+                budget -= chunk.count
+        while budget > 0 and chunker.open and self.waiting and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             if not self._enter(request):
                 break
-            count = min(request.num_tokens - request.num_computed, budget, prompt_budget)
-            chunks.append(Chunk(request, request.num_computed, count))
-            budget -= count
-            prompt_budget -= count
+            chunks.append(chunker.cut(request, budget=budget))
+            budget -= chunks[-1].count
+        if chunker.quiet:
+            return Step(tuple(chunks))
         counts = self.speculation.counts(chunks, self.cost, budget=budget)
         return self._draft(chunks, counts) if any(counts) else Step(tuple(chunks))
 
@@ -159,6 +170,10 @@ class Scheduler:
             request = chunk.request
             if request.status is not Status.RUNNING or request.id in result.failed:
                 continue
+            if chunk.last_layer is not None:
+                request.begun = Begun(chunk.count, chunk.last_layer)
+                continue
+            request.begun = None
             sampled = result.sampled[request.id] if chunk.samples else None
             request.num_computed = chunk.stop
             self._index_full_blocks(request)
@@ -195,7 +210,8 @@ class Scheduler:
             for chunk, count in zip(chunks, counts, strict=True)
             if count and self._grow(chunk.request, chunk.stop + count)
         ]
-        proposals, drafting_s = self.speculation.propose(asked, catch_up_tokens=self._prompt_budget())
+        catch_up_tokens = int(min(max(self._chunker.tokens(0), 1), self.max_batch_tokens))
+        proposals, drafting_s = self.speculation.propose(asked, catch_up_tokens=catch_up_tokens)
         drafted: list[Chunk] = []
         for chunk in chunks:
             if (found := proposals.get(chunk.request.id)) is not None:
@@ -213,14 +229,6 @@ class Scheduler:
         needed = self.pool.blocks_for(num_tokens)
         self.pool.release(request.block_ids[needed:])
         del request.block_ids[needed:]
-
-    def _prompt_budget(self) -> int:
-        """Tokens of prompts that the next step may compute beside what decodes."""
-        if not self.max_itl_ratio:
-            return self.max_batch_tokens
-        decodes = sum(request.decodes for request in self.running)
-        tokens = self.cost.chunk_tokens(decodes=decodes, max_ratio=self.max_itl_ratio)
-        return self.max_batch_tokens if tokens is None else tokens
 
     def _grow(self, request: Request, num_tokens: int) -> bool:
         missing = self.pool.blocks_for(num_tokens) - len(request.block_ids)

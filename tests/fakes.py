@@ -84,6 +84,8 @@ class FakeRunner:
 
     reply         says this (bytes, or token ids with EOS where wanted) instead, then starts over
     step_delay_s  every step takes that long
+    num_layers    that chunks may be cut into; a slice that is not the next one of its chunk, or the last one again, is
+                  an error
     on_execute    called with every step before it is computed; may raise
     bad_ids       requests that make every step raise in which they take part
     failing_rows  requests that fail by themselves (`StepResult.failed`), with the message
@@ -95,6 +97,7 @@ class FakeRunner:
         num_blocks: int = 64,
         block_size: int = 4,
         max_model_len: int = 256,
+        num_layers: int = 1,
         reply: Sequence[int] | None = None,
         step_delay_s: float = 0.0,
         on_execute: Callable[[Step], None] | None = None,
@@ -102,6 +105,7 @@ class FakeRunner:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.max_model_len = max_model_len
+        self.num_layers = num_layers
         self.reply = reply
         self.step_delay_s = step_delay_s
         self.on_execute = on_execute
@@ -110,6 +114,8 @@ class FakeRunner:
         self.steps: list[Step] = []
         self.num_computed_tokens = 0
         self.step_counts = StepCounts()
+        self._sliced: tuple[Request, int, int] | None = None
+        self._layers: set[int] = set()
         self._cache: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
 
     def execute(self, step: Step) -> StepResult:
@@ -123,7 +129,10 @@ class FakeRunner:
         if bad := self.bad_ids & {chunk.request.id for chunk in step.chunks}:
             raise RuntimeError(f"cannot compute {sorted(bad)}")
         for chunk in step.chunks:
-            self._compute(chunk)
+            if not chunk.whole:
+                self._slice(chunk)
+            if chunk.last_layer is None:
+                self._compute(chunk)
         further: dict[str, tuple[Sampled, ...]] = {}
         sampled: dict[str, Sampled] = {}
         prompt_logprobs: dict[str, tuple[TokenLogprob, ...]] = {}
@@ -132,6 +141,8 @@ class FakeRunner:
             request = chunk.request
             if request.id in self.failing_rows:
                 failed[request.id] = self.failing_rows[request.id]
+                continue
+            if chunk.last_layer is not None:
                 continue
             states = [self._read(request, position) for position in range(chunk.stop)]
             if chunk.samples:
@@ -155,6 +166,17 @@ class FakeRunner:
             states = [self._read(ahead, position) for position in range(ahead.num_tokens)]
             found.append(Sampled(next_token(ahead, states, reply=self.reply)))
         return tuple(found[1:])
+
+    def _slice(self, chunk: Chunk) -> None:
+        sliced = (chunk.request, chunk.start, chunk.count)
+        if chunk.first_layer == 0:
+            self._sliced, self._layers = sliced, {0}
+        assert self._sliced is not None
+        assert (self._sliced[0] is chunk.request, self._sliced[1:]) == (True, sliced[1:]), "another chunk began since"
+        assert chunk.first_layer in self._layers, f"layer {chunk.first_layer} after {self._layers}"
+        if chunk.last_layer is not None:
+            assert chunk.first_layer < chunk.last_layer < self.num_layers
+            self._layers = {chunk.first_layer, chunk.last_layer}
 
     def _compute(self, chunk: Chunk) -> None:
         request = chunk.request

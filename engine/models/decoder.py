@@ -26,6 +26,10 @@ from dibit.kernels.formats import Format, QTensor, dequantize
 from dibit.kernels.norm import rms_norm_reference
 from dibit.kernels.rope import rotate
 
+# The last block's output and the residual stream that it is still to be added to; None: the output is all of it. What a
+# block hands to the next one is theirs (fused_block.py).
+Stream = tuple[Any, Tensor | None]
+
 
 class Linear(Protocol):
     """x [.., K] -> [.., N]."""
@@ -245,11 +249,31 @@ class Decoder:
 
     def hidden(self, batch: Batch, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """Run a step, writing its keys and values: normalized final hidden states [R, hidden] of batch.rows."""
-        x, residual = self.embedding(batch.tokens), None
+        return self.normed(self.through((self.embedding(batch.tokens), None), batch, cache, cos, sin))
+
+    def through(
+        self,
+        stream: Stream,
+        batch: Batch,
+        cache: KVCache,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        first: int = 0,
+        stop: int | None = None,
+    ) -> Stream:
+        """Run blocks [first, stop) of a step, the last block's output being that of batch.rows. What `stream` holds is
+        overwritten."""
+        x, residual = stream
         last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
+        for i in range(first, len(self.blocks) if stop is None else stop):
             rows = batch.rows if i == last else None
-            x, residual = block.paged(x, residual, batch, cache.k[i], cache.v[i], cos, sin, rows)
+            x, residual = self.blocks[i].paged(x, residual, batch, cache.k[i], cache.v[i], cos, sin, rows)
+        return x, residual
+
+    def normed(self, stream: Stream) -> Tensor:
+        """The final hidden states of what has been through all blocks."""
+        x, residual = stream
         assert residual is not None  # a model has at least one layer
         return self.ops.add_rms_norm(x, residual, self.final_norm, self.sizes.norm_eps)[0]
 

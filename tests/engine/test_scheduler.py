@@ -16,7 +16,9 @@ SIZE = 4
 
 
 def make(num_blocks: int = 64, **settings: Any) -> Scheduler:
-    return Scheduler(BlockPool(num_blocks, SIZE), EngineConfig(**{"max_batch_tokens": 64, **settings}))
+    return Scheduler(
+        BlockPool(num_blocks, SIZE), EngineConfig(**{"max_batch_tokens": 64, "max_itl_ratio": 0.0, **settings})
+    )
 
 
 def ask(name: str, prompt: int | list[int], *, max_tokens: int = 50, **params: Any) -> Request:
