@@ -63,7 +63,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_batch_tokens: int = 256
-    max_itl_ratio: float = 2.5
+    max_itl_ratio: float = 2.0
     max_queued: int = 256
     block_size: int = 32
     kv_bytes: int | None = None
