@@ -116,16 +116,32 @@ def prompt_logprobs(logits: Tensor, target_ids: Sequence[int], top: int) -> tupl
     logits [n, V] float32; target_ids: n ids; `top`: how many of the likeliest tokens to name. EngineFault if a row has
     NaN or no finite value.
     """
-    rows = _rows(logits)
-    if len(rows) != len(target_ids):
-        raise ValueError(f"{len(rows)} rows of logits for {len(target_ids)} targets")
+    if logits.shape[0] != len(target_ids):
+        raise ValueError(f"{logits.shape[0]} rows of logits for {len(target_ids)} targets")
+    if top == 0 and logits.is_cpu and _has_library():
+        return _native_logprobs(logits.float().contiguous(), target_ids)
     found = []
-    for position, (row, token_id) in enumerate(zip(rows, target_ids, strict=True)):
+    for position, (row, token_id) in enumerate(zip(_rows(logits), target_ids, strict=True)):
         peak = float(row[row.argmax()])
-        if not math.isfinite(peak):
-            raise EngineFault(f"row {position} of the prompt's logits {_what_is_wrong(peak)}")
+        _check_prompt_row(position, peak)
         found.append(_logprob(row, peak, token_id, top))
     return tuple(found)
+
+
+def _native_logprobs(logits: Tensor, target_ids: Sequence[int]) -> tuple[TokenLogprob, ...]:
+    import torch
+
+    from dibit.kernels.logprob_cpu import logprobs
+
+    values, ranks, peaks = logprobs(logits, torch.tensor(target_ids, dtype=torch.int64))
+    for position, peak in enumerate(peaks.tolist()):
+        _check_prompt_row(position, peak)
+    return tuple(map(TokenLogprob, target_ids, values.tolist(), ranks.tolist()))
+
+
+def _check_prompt_row(position: int, peak: float) -> None:
+    if not math.isfinite(peak):
+        raise EngineFault(f"row {position} of the prompt's logits {_what_is_wrong(peak)}")
 
 
 def kept(scores: Floats, params: SamplingParams) -> tuple[Ids, Floats]:

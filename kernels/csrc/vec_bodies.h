@@ -76,6 +76,9 @@ struct VecBodies {
   // y = norm(x) * weight, or with a residual: residual += x, y = norm(residual) * weight.
   void (*rms_norm)(float* y, const float* x, float* residual, const float* weight, int64_t rows, int64_t k, float eps);
   void (*silu_mul)(float* y, const float* gate_up, int64_t rows, int64_t width);
+
+  // Log-probability, rank and the row's peak for scores[id].
+  void (*logprob)(double* found, int64_t* rank, float* peak, const float* scores, int64_t width, int64_t id);
 };
 
 const VecBodies& vec_bodies_portable();

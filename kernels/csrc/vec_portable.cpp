@@ -1,6 +1,7 @@
 #include "activation_body.h"
 #include "attention_body.h"
 #include "isa.h"
+#include "logprob_body.h"
 #include "norm_body.h"
 #include "rope_body.h"
 #include "vec_bodies.h"
@@ -9,7 +10,7 @@ namespace dibit {
 
 const VecBodies& vec_bodies_portable() {
   static constexpr VecBodies bodies = {kRegisterRows, attend, INT32_MAX, nullptr,  nullptr, merge,
-                                       finish,        widen,  rotate,    rms_norm, silu_mul};
+                                       finish,        widen,  rotate,    rms_norm, silu_mul,     logprob};
   return bodies;
 }
 
