@@ -91,11 +91,6 @@ class EngineCore:
         limit, vocab = self.max_model_len, self.tokenizer.vocab_size
         if not prompt:
             raise RequestError("the prompt is empty: it has no tokens; send at least one", param="prompt")
-        unknown = next((i for i in prompt if not 0 <= i < vocab), None)
-        if unknown is not None:
-            raise RequestError(
-                f"the prompt has the token id {unknown}; this model's ids are 0 to {vocab - 1}", param="prompt"
-            )
         validate(params, vocab)
         if params.max_tokens is None:
             max_tokens = limit - len(prompt)
@@ -108,6 +103,11 @@ class EngineCore:
         if not fits:
             raise ContextLengthError(
                 f"the context length is {limit} tokens; {asked}. Shorten the prompt or lower max_tokens"
+            )
+        unknown = next((i for i in prompt if not 0 <= i < vocab), None)
+        if unknown is not None:
+            raise RequestError(
+                f"the prompt has the token id {unknown}; this model's ids are 0 to {vocab - 1}", param="prompt"
             )
         if params.min_tokens > max_tokens:
             raise RequestError(

@@ -240,7 +240,9 @@ class HFTokenizer:
                 f"{surrogate.start()}), which is not valid Unicode; remove it",
                 param="prompt",
             )
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Not `encode`, which keeps every other thread of the process from running Python meanwhile.
+        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

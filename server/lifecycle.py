@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from dibit.engine.async_engine import AsyncEngine
 from dibit.engine.errors import ConfigError
 from dibit.server.app import create_app
+from dibit.server.connections import Connection
 
 _log = logging.getLogger("dibit.server")
 
@@ -127,6 +128,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
                 log_config=None,
                 log_level="warning",
                 access_log=False,

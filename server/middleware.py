@@ -1,4 +1,4 @@
-"""Around every request: its id, the key, and an answer whatever fails."""
+"""Around every request: its id, the key, and an answer whatever fails. HEAD is answered as GET is, without the body."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ class Envelope:
         given = headers.get(REQUEST_ID, "")
         request_id = given if _PLAIN_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        head_only = scope["method"] == "HEAD"
+        if head_only:
+            # A copy: what is on the wire is the server's, which must know.
+            scope = {**scope, "method": "GET"}
         started = False
 
         async def reply(message: Message) -> None:
@@ -42,6 +46,8 @@ class Envelope:
             if message["type"] == "http.response.start":
                 started = True
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            elif head_only:
+                message = {**message, "body": b""}
             await send(message)
 
         try:

@@ -6,6 +6,7 @@ message of the one form `field: what is wrong (what was found)`.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,12 +19,21 @@ from dibit.server.errors import ApiError
 
 M = TypeVar("M", bound=BaseModel)
 
+# Longest silence within a body.
+BODY_STALL_S = 30.0
+
 
 async def read_model(request: Request, model: type[M], *, max_bytes: int) -> M:
-    """The request's body as `model`. Raises ApiError 400, 413 or 415."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"the content type is {kind or 'missing'}; send application/json")
+    """The request's body as `model`. Raises ApiError 400, 408, 413 or 415."""
+    kind, _, more = request.headers.get("content-type", "").lower().partition(";")
+    if kind.strip() != "application/json":
+        raise ApiError(415, f"the content type is {kind.strip() or 'missing'}; send application/json")
+    charset = more.partition("charset=")[2].partition(";")[0].strip(' "')
+    if charset not in ("", "utf-8", "utf8"):
+        raise ApiError(415, f"the body's character set is {charset}; send UTF-8")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(415, f"the content encoding is {coding}; send the body as it is, without compression")
     return parse(model, await _read(request, max_bytes=max_bytes))
 
 
@@ -33,11 +43,21 @@ async def _read(request: Request, *, max_bytes: int) -> bytes:
     if not declared.isdecimal() or int(declared) > max_bytes:
         raise too_large
     body = bytearray()
-    async for part in request.stream():
-        body += part
+    parts = aiter(request.stream())
+    while True:
+        try:
+            async with asyncio.timeout(BODY_STALL_S):
+                body += await anext(parts)
+        except StopAsyncIteration:
+            return bytes(body)
+        except TimeoutError as error:
+            raise ApiError(
+                408,
+                f"{len(body)} bytes of the body came, and then nothing for {BODY_STALL_S:g} s; send it whole",
+                headers={"Connection": "close"},
+            ) from error
         if len(body) > max_bytes:
             raise too_large
-    return bytes(body)
 
 
 def parse(model: type[M], body: bytes) -> M:

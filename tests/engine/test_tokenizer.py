@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,25 @@ def test_the_demo_tokenizer_keeps_any_text(demo: HFTokenizer, text: str) -> None
     ids = demo.encode(text)
     assert demo.decode(ids, skip_special_tokens=False) == streamed(demo, ids) == text
     assert b"".join(demo.token_bytes(i) for i in ids) == text.encode()
+
+
+def test_others_go_on_while_a_long_text_is_encoded(tiny: HFTokenizer) -> None:
+    ticks: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    began_s = time.perf_counter()
+    tiny.encode("1234567890" * 25_000)
+    ended_s = time.perf_counter()
+    done.set()
+    ticking.join()
+    tenth_s = (ended_s - began_s) / 10
+    assert [at_s for at_s in ticks if began_s + tenth_s < at_s < ended_s - 5 * tenth_s]
 
 
 def test_unknown_ids_have_no_text(tiny: HFTokenizer) -> None:
