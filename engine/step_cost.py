@@ -18,6 +18,7 @@ from collections import deque
 
 SMOOTHING = 0.25
 QUIET_SAMPLES = 5
+STALE = 0.75
 # Contexts are counted in this many tokens, so that both parts of a prompt token's cost move at a like pace.
 CONTEXT_UNIT = 1024
 
@@ -43,6 +44,10 @@ class StepCost:
             return
         quiet_s = self.decode_s(decodes) if decodes else 0.0
         if quiet_s is None:
+            return
+        if elapsed_s < STALE * quiet_s:
+            # More was done in less time: what is known is of a slower machine.
+            self._quiet_s.pop(decodes, None)
             return
         beyond_s = max(elapsed_s - quiet_s, 0.0)
         if prompt_tokens and not drafts:

@@ -18,6 +18,8 @@ from pydantic_core import PydanticCustomError
 
 from dibit.engine.config import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 
+# Far more than a context holds; to look at each of a million of them takes a second in which no token is sent.
+MAX_MESSAGES = 8192
 NO_TOOLS = "tool and function calling is not supported; leave it out"
 TEXT_ONLY = "only text is supported; leave it out"
 
@@ -227,7 +229,7 @@ class Sampling(_Strict):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None

@@ -38,12 +38,23 @@ def test_a_step_that_was_held_up_does_not_count() -> None:
     assert cost.decode_s(1) == 0.02
 
 
+def test_a_step_with_a_prompt_that_is_faster_than_one_without_is_of_another_time() -> None:
+    cost = StepCost()
+    for decodes in (1, 2):
+        cost.observe(0.5, decodes=decodes, prompt_tokens=0)
+    cost.observe(0.7, decodes=2, prompt_tokens=20)
+    token_s = cost.prompt_token_s(0)
+    cost.observe(0.1, decodes=2, prompt_tokens=20)
+    assert (cost.knows(1), cost.knows(2)) == (True, False)
+    assert cost.prompt_token_s(0) == token_s
+
+
 def test_what_decoding_takes_is_not_the_prompts() -> None:
     cost = StepCost()
     cost.observe(0.1, decodes=3, prompt_tokens=0)
     cost.observe(0.3, decodes=3, prompt_tokens=20)
     assert cost.prompt_token_s(0) == pytest.approx(0.01)
-    cost.observe(0.05, decodes=3, prompt_tokens=20)
+    cost.observe(0.09, decodes=3, prompt_tokens=20)
     assert 0 < (cost.prompt_token_s(0) or 0) < 0.01, (
         "a step can be faster than decoding alone; a token costs no less than nothing"
     )

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dibit.engine.errors import CheckpointError, EngineDead, EngineFault
-from dibit.server.errors import describe
-from dibit.server.schemas import UNSUPPORTED, ChatRequest, CompletionRequest
+from dibit.server.errors import ApiError, describe
+from dibit.server.schemas import MAX_MESSAGES, UNSUPPORTED, ChatRequest, CompletionRequest
+from dibit.server.validation import parse
 from fakes import FakeRunner
 from server_harness import CHAT, COMPLETIONS, MODEL, Live, serving
 
@@ -144,6 +145,15 @@ def test_what_is_not_supported_is_refused_and_its_neutral_values_are_not(live: L
 
 def test_a_field_is_supported_or_not() -> None:
     assert not UNSUPPORTED.keys() & (ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys())
+
+
+def test_more_messages_than_any_context_holds() -> None:
+    body = {"model": MODEL, "messages": [USER] * MAX_MESSAGES}
+    assert len(parse(ChatRequest, json.dumps(body).encode()).messages) == MAX_MESSAGES
+    body["messages"] = [USER] * (MAX_MESSAGES + 1)
+    with pytest.raises(ApiError, match="messages: .*at most 8192") as caught:
+        parse(ChatRequest, json.dumps(body).encode())
+    assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
 def test_an_unknown_model(live: Live) -> None:
