@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from dibit.engine.async_engine import AsyncEngine
 from dibit.engine.errors import DibitError
-from dibit.server import chat, completions, health, metrics, models, openapi, page, replies, schemas
+from dibit.server import chat, completions, health, metrics, models, openapi, page, replies, schemas, tokenization
 from dibit.server.errors import ApiError, describe
 from dibit.server.middleware import REQUEST_ID, Envelope
 from dibit.server.service import Service
@@ -39,7 +39,7 @@ def create_app(
     """An application that serves `engine`, which it starts when it starts and stops when it stops.
 
     model_name      name in the API (None: the engine's)
-    api_key         if set, what clients must send as a bearer token to reach /v1
+    api_key         if set, what clients must send as a bearer token to reach /v1, /tokenize and /detokenize
     cors_origins    browser origins that may use the API from their own pages ("*": any)
     keep_alive_s    longest silence on a stream before a comment is sent
     max_body_bytes  largest request body
@@ -81,7 +81,7 @@ def create_app(
             ClientDisconnect: _on_gone,
         },
     )
-    app.add_middleware(Envelope, api_key=api_key)
+    app.add_middleware(Envelope, api_key=api_key, guarded=tokenization.PATHS)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -90,11 +90,18 @@ def create_app(
             allow_headers=["*"],
             expose_headers=[REQUEST_ID, "Retry-After"],
         )
-    for routes in (chat, completions, models, health, metrics, page):
+    for routes in (chat, completions, tokenization, models, health, metrics, page):
         app.include_router(routes.router(service))
     openapi.install(
         app,
-        [schemas.ChatRequest, schemas.CompletionRequest, replies.ChatChunk, replies.TextCompletion],
+        [
+            schemas.ChatRequest,
+            schemas.CompletionRequest,
+            schemas.TokenizeRequest,
+            schemas.DetokenizeRequest,
+            replies.ChatChunk,
+            replies.TextCompletion,
+        ],
     )
     return app
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
 from dibit.engine.outputs import Completion, RequestOutput
-from dibit.server import replies
+from dibit.engine.tokenizer import Tokenizer
+from dibit.server import replies, schemas
 from dibit.server.generation import Choice, Entry, Generation
 from dibit.server.logprobs import chat_logprobs
 from dibit.server.openapi import describes
@@ -36,7 +37,7 @@ def router(service: Service) -> APIRouter:
         service.check_choices(asked.choices, param="n")
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         params = [asked.sampling_params(i, max_tokens=asked.limit, logprobs=logprobs) for i in range(asked.choices)]
-        prompt_ids = await service.tokenize(partial(_prompt, service, asked))
+        prompt_ids = await service.tokenize(partial(chat_prompt, service.engine.tokenizer, asked.messages, asked))
         generation = Generation(
             service.engine,
             [Choice(0, prompt_ids, one) for one in params],
@@ -52,10 +53,11 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _prompt(service: Service, asked: ChatRequest) -> list[int]:
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[schemas.Message], asked: schemas.TemplateOptions) -> list[int]:
+    """Tokens of messages. Raises RequestError."""
     go_on = bool(asked.continue_final_message)
-    return service.engine.tokenizer.apply_chat_template(
-        [message.for_template() for message in asked.messages],
+    return tokenizer.apply_chat_template(
+        [message.for_template() for message in messages],
         add_generation_prompt=not go_on if asked.add_generation_prompt is None else asked.add_generation_prompt,
         continue_final_message=go_on,
         template_args=asked.chat_template_kwargs,

@@ -7,6 +7,7 @@ import hmac
 import logging
 import re
 import uuid
+from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,11 +21,13 @@ REQUEST_ID = "x-request-id"
 
 class Envelope:
     """Gives each request an id (the client's x-request-id if it is plain text) and returns it in the answer; with an
-    `api_key`, refuses what is under /v1 and does not carry it; turns an exception into an error answer.
+    `api_key`, refuses what is under /v1, or one of the `guarded` paths, and does not carry it; turns an exception into
+    an error answer.
     """
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, api_key: str | None, guarded: Sequence[str] = ()) -> None:
         self._app = app
+        self._guarded = guarded
         self._key = None if api_key is None else _digest(api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +64,7 @@ class Envelope:
                 await answer.response()(scope, receive, reply)
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if self._key is None or not (path == "/v1" or path.startswith("/v1/")):
+        if self._key is None or not (path == "/v1" or path.startswith("/v1/") or path in self._guarded):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(_digest(key.strip().encode("latin-1")), self._key):

@@ -14,8 +14,10 @@ from dibit.server.errors import ErrorReply
 _REF = "#/components/schemas/{model}"
 
 
-def describes(body: type, reply: type, chunk: type) -> dict[str, Any]:
-    """Arguments of a POST route that reads `body`, answers with `reply`, and streams events of `chunk`."""
+def describes(body: type, reply: type, chunk: type | None = None) -> dict[str, Any]:
+    """Arguments of a POST route that reads `body`, answers with `reply`, and (where there is one) streams events of
+    `chunk`."""
+    stream = {} if chunk is None else {"content": {"text/event-stream": {"schema": _reference(chunk)}}}
     return {
         "response_model": None,
         "openapi_extra": {
@@ -24,8 +26,8 @@ def describes(body: type, reply: type, chunk: type) -> dict[str, Any]:
         "responses": {
             200: {
                 "model": reply,
-                "content": {"text/event-stream": {"schema": _reference(chunk)}},
-                "description": "the answer, or a stream of chunks",
+                **stream,
+                "description": "the answer" if chunk is None else "the answer, or a stream of chunks",
             },
             "4XX": {"model": ErrorReply, "description": "the request cannot be served as written"},
             "5XX": {"model": ErrorReply, "description": "no room, shutting down, or a fault"},

@@ -149,3 +149,14 @@ def usage(counts: Iterable[tuple[int, int, int]]) -> Usage:
 
 def json_response(payload: object) -> Response:
     return Response(orjson.dumps(payload), media_type="application/json")
+
+
+class Tokenized(TypedDict):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    prompt: str

@@ -152,13 +152,14 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
 Label = Annotated[str, Field(max_length=512)]
 
 
 class Sampling(_Strict):
     """Fields common to both kinds of completion."""
 
-    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    model: ModelName
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -226,19 +227,35 @@ class Sampling(_Strict):
         )
 
 
-class ChatRequest(Sampling):
-    """POST /v1/chat/completions"""
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+class TemplateOptions(_Strict):
+    """What becomes of messages in the model's chat template."""
+
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: (
         Annotated[dict[Annotated[str, Field(max_length=64)], bool | int | float | str], Field(max_length=16)] | None
     ) = None
+
+    @model_validator(mode="after")
+    def _one_way_to_end(self) -> TemplateOptions:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise refuse(
+                "excludes add_generation_prompt; send one of them", "continue_final_message", code="invalid_value"
+            )
+        return self
+
+
+class ChatRequest(TemplateOptions, Sampling):
+    """POST /v1/chat/completions"""
+
+    messages: Messages
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -247,10 +264,6 @@ class ChatRequest(Sampling):
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise refuse("differs from max_completion_tokens; send one of them", "max_tokens", code="invalid_value")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise refuse(
-                "excludes add_generation_prompt; send one of them", "continue_final_message", code="invalid_value"
-            )
         return self
 
     @property
@@ -294,3 +307,32 @@ class CompletionRequest(Sampling):
             else:
                 several.append(item)
         return several or [tokens]
+
+
+class TokenizeRequest(TemplateOptions):
+    """POST /tokenize, as in vLLM: a text, or messages."""
+
+    model: ModelName | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise refuse("send either prompt or messages", "prompt", code="invalid_value")
+        if self.messages is not None and self.add_special_tokens is not None:
+            raise refuse("messages get theirs from the chat template; leave it out", "add_special_tokens")
+        if self.messages is None:
+            for field in TemplateOptions.model_fields:
+                if getattr(self, field) is not None:
+                    raise refuse("is for messages; leave it out", field)
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    """POST /detokenize, as in vLLM."""
+
+    model: ModelName | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -151,7 +151,7 @@ def test_more_messages_than_any_context_holds() -> None:
     body = {"model": MODEL, "messages": [USER] * MAX_MESSAGES}
     assert len(parse(ChatRequest, json.dumps(body).encode()).messages) == MAX_MESSAGES
     body["messages"] = [USER] * (MAX_MESSAGES + 1)
-    with pytest.raises(ApiError, match="messages: .*at most 8192") as caught:
+    with pytest.raises(ApiError, match=r"messages: .*at most 8192") as caught:
         parse(ChatRequest, json.dumps(body).encode())
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
