@@ -24,6 +24,7 @@ from dibit.engine.models.weights import Weights
 from dibit.kernels.contract import ContractError
 from dibit.kernels.dispatch import NoKernel, resolve
 from dibit.kernels.formats import Format
+from dibit.kernels.kv import INT4
 from dibit.kernels.triton.layout import nbytes as triton_bytes
 
 if TYPE_CHECKING:
@@ -194,12 +195,13 @@ def size_cache(
 
 def _block_bytes(sizes: Sizes, config: EngineConfig, stored: Stored) -> int:
     """Raises ConfigError where the model's heads, or the backend, have no such cache."""
-    if not stored[0].is_floating_point:
+    # There the float16 numbers behind the codes have to lie at even bytes.
+    if INT4 in stored and sizes.head_dim % 4:
         attention = resolve("paged_attention", device=resolve_device(config).type, backend=config.backend)
         if attention.backend == "triton":
             raise ConfigError(
-                f"kv_type is {config.kv_type!r}, which the triton backend has no kernels for yet; it has float32, "
-                "float16 and bfloat16"
+                f"kv_type is {config.kv_type!r}, for which the triton backend needs a head dim that is a multiple of "
+                f"4, not {sizes.head_dim}; choose int8 or a float type"
             )
     try:
         return block_bytes(sizes, block_size=config.block_size, stored=stored)

@@ -1,8 +1,9 @@
 """Paged attention on NVIDIA GPUs (device/attention.py). Contract in kernels/attention.py.
 
-Queries, and weights before they meet the values, are rounded to the cache's type; sums are float32. Against the
-reference on the same cache that is, for a float16 cache, an error of at most about 2^-10 * max|v| for each unit of
-|scores| that a rounded query moves. Lengths and block numbers are trusted: looking at them would stop the queue.
+Queries, and weights before they meet the values, are rounded to the cache's type, where that is codes to float16, as is
+what the codes stand for; sums are float32. Against the reference on the same cache that is, for a float16 cache, an
+error of at most about 2^-10 * max|v| for each unit of |scores| that a rounded query moves. Lengths and block numbers
+are trusted: looking at them would stop the queue.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import triton
 from torch import Tensor
 
 from dibit.kernels.attention import check_paged_attention
+from dibit.kernels.kv import head_dim
+from dibit.kernels.triton.cache import TYPES, Side, block_columns
 from dibit.kernels.triton.device.attention import attention_kernel, merge_kernel
 
 SPLIT_KEYS = 512
@@ -33,12 +36,12 @@ class Rows:
     warps: int
 
 
-def blocks(group: int, longest: int) -> Rows:
+def blocks(group: int, longest: int, *, codes: bool = False) -> Rows:
     """16 rows of a matrix instruction while chunks are short, else 64, on twice the warps: 64 rows of 128 columns on
-    four spill."""
+    four spill, as they do on eight beside the unpacking of `codes`, which have 32."""
     heads = triton.next_power_of_2(group)
     wide = longest > 16
-    return Rows(max(1, (64 if wide else 16) // heads), heads, 8 if wide else 4)
+    return Rows(max(1, (32 if codes else 64) // heads if wide else 16 // heads), heads, 8 if wide else 4)
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,9 @@ def attend(
     split_keys: int = SPLIT_KEYS,
 ) -> Attended:
     """paged_attention, its splits perhaps not joined; `out` is used when they are."""
-    check_paged_attention(
-        q, k_cache, v_cache, cu_seqlens, seq_lens, block_tables, out, reals=_REALS, cache_types=frozenset(_REALS)
-    )
-    _, kv_heads, block_size, d = k_cache.shape
+    check_paged_attention(q, k_cache, v_cache, cu_seqlens, seq_lens, block_tables, out, reals=_REALS, cache_types=TYPES)
+    keys, values = Side.of(k_cache, "k_cache"), Side.of(v_cache, "v_cache")
+    kv_heads, block_size, d = k_cache.shape[1], k_cache.shape[2], head_dim(k_cache)
     tokens, sequences = q.shape[0], seq_lens.shape[0]
     heads = q.shape[1] // d
     group = heads // kv_heads
@@ -116,7 +118,7 @@ def attend(
     partial = splits > 1 and 0 < tokens <= SIDE_BY_SIDE_TOKENS
     # A sequence's chunk is not known without a look at cu_seqlens, but with a token for every sequence all have one.
     longest = 1 if tokens == sequences else tokens - sequences + 1
-    rows = blocks(group, longest)
+    rows = blocks(group, longest, codes=min(keys.bits, values.bits) < 16)
     if partial:
         target = torch.empty(tokens, heads, splits, d, dtype=torch.float32, device=q.device)
         weights = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
@@ -125,11 +127,12 @@ def attend(
     attended = Attended(target, weights, tokens, splits, d, partial)
     if tokens == 0:
         return attended
-    block_d = max(16, triton.next_power_of_2(d))
     attention_kernel[(triton.cdiv(longest, rows.tokens), sequences, kv_heads * (splits if partial else 1))](
         q,
-        k_cache,
-        v_cache,
+        keys.cache,
+        keys.grid,
+        values.cache,
+        values.grid,
         cu_seqlens,
         seq_lens,
         block_tables,
@@ -144,8 +147,12 @@ def attend(
         splits,
         split_keys,
         d,
+        K_WIDTH=keys.width,
+        V_WIDTH=values.width,
+        K_BITS=keys.bits,
+        V_BITS=values.bits,
         PARTIAL=partial,
-        BLOCK_D=block_d,
+        BLOCK_D=block_columns(d, keys, values),
         BLOCK_Q=rows.tokens,
         BLOCK_G=rows.heads,
         BLOCK_N=BLOCK_KEYS,

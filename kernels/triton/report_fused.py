@@ -10,7 +10,7 @@ from dibit.kernels.triton.device.fused import attended_prepare_kernel, norm_prep
 from dibit.kernels.triton.device.small import rope_kv_write_kernel
 from dibit.kernels.triton.fused import MAX_JOINED_COLUMNS, row_warps
 from dibit.kernels.triton.report_model import GpuModel, KernelReport
-from dibit.kernels.triton.report_small import HEADS, HIDDEN, KV_HEADS, MLP, D, compiled_report
+from dibit.kernels.triton.report_small import HEADS, HIDDEN, KV_HEADS, MLP, CacheArguments, D, compiled_report
 
 SPLITS = 8
 """Runs of the product before: more than any plan makes of a 4096 x 4096 weight."""
@@ -93,7 +93,7 @@ def attended_prepare(gpu: GpuModel, *, columns: int) -> KernelReport:
 
 
 def rope_of_runs(gpu: GpuModel) -> KernelReport:
-    heads = HEADS + 2 * KV_HEADS
+    heads, cache = HEADS + 2 * KV_HEADS, CacheArguments("fp16")
     return compiled_report(
         "rope_kv_write of runs",
         rope_kv_write_kernel,
@@ -107,14 +107,13 @@ def rope_of_runs(gpu: GpuModel) -> KernelReport:
             "positions": "*i64",
             "cos": "*fp32",
             "sin": "*fp32",
-            "k_cache": "*fp16",
-            "v_cache": "*fp16",
+            **cache.types,
             "slots": "*i64",
             "q": "*fp32",
             **dict.fromkeys(("T", "HEADS", "KV_HEADS", "BLOCK_SIZE", "HALF", "D"), "i32"),
         },
-        constants={**_END, "BLOCK_D": D},
-        moved=heads * D * 4 * SPLITS + HEADS * D * 4 + 2 * KV_HEADS * D * 2,
+        constants={**_END, "BLOCK_D": D, **cache.constants},
+        moved=heads * D * 4 * SPLITS + HEADS * D * 4 + 2 * KV_HEADS * cache.row_bytes,
         warps=1,
         multiples_of_16=("BLOCK_SIZE", "HALF", "D"),
     )

@@ -6,6 +6,8 @@ hidden 4096, 32 query heads, 8 KV heads of 128, MLP 14336, vocabulary 128256.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dibit.kernels.triton.aot import compile_kernel
@@ -25,6 +27,8 @@ from dibit.kernels.triton.small import ARGMAX_BLOCK, BLOCK
 HIDDEN, HEADS, KV_HEADS, D, MLP, VOCAB = 4096, 32, 8, 128, 14336, 128256
 KEYS = 4096
 PREFILL = 512
+# Types of the cache, and what they are called.
+NAMES = {"fp16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int4"}
 
 
 def compiled_report(
@@ -54,21 +58,47 @@ def compiled_report(
     return predicted(name, gpu, made, warps=warps, moved=moved, minimum=moved, products=products, row_bytes=row_bytes)
 
 
-def _attention(gpu: GpuModel, name: str, *, tokens: int, cache: str) -> KernelReport:
-    partial = tokens == 1
-    rows = blocks(HEADS // KV_HEADS, tokens)
-    cache_bytes = 4 if cache == "fp32" else 2
+@dataclass(frozen=True)
+class CacheArguments:
+    """Both sides of a KV cache as device/cache.py takes them. kind: fp32, fp16, bf16; i8 or u8 for codes."""
+
+    kind: str
+
+    @property
+    def bits(self) -> int:
+        return {"i8": 8, "u8": 4}.get(self.kind, 16)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one head of one token, keys or values."""
+        grid = {8: D // 32 * 2, 4: D // 32 * 4, 16: 0}[self.bits]
+        return grid + (D * (4 if self.kind == "fp32" else 2) if self.bits == 16 else D * self.bits // 8)
+
+    @property
+    def types(self) -> dict[str, str]:
+        grids = {} if self.bits == 16 else dict.fromkeys(("k_grid", "v_grid"), "*fp16")
+        return {**dict.fromkeys(("k_cache", "v_cache"), f"*{self.kind}"), **grids}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        grids: dict[str, Any] = dict.fromkeys(("k_grid", "v_grid")) if self.bits == 16 else {}
+        width = D if self.bits == 16 else self.row_bytes
+        return {**grids, "K_WIDTH": width, "V_WIDTH": width, "K_BITS": self.bits, "V_BITS": self.bits}
+
+
+def _attention(gpu: GpuModel, name: str, *, tokens: int, cache: CacheArguments) -> KernelReport:
+    splits = -(-KEYS // SPLIT_KEYS) if tokens == 1 else 1
+    rows = blocks(HEADS // KV_HEADS, tokens, codes=cache.bits < 16)
     integers = ("HEADS", "KV_HEADS", "GROUP", "TABLE_STRIDE", "BLOCK_SIZE", "SPLITS", "SPLIT_KEYS", "D")
-    keys = 2 * KV_HEADS * D * KEYS * cache_bytes
-    results = tokens * HEADS * (D + 1) * 4 * (-(-KEYS // SPLIT_KEYS) if partial else 1)
+    keys = 2 * KV_HEADS * KEYS * cache.row_bytes
+    results = tokens * HEADS * (D + 1) * 4 * splits
     return compiled_report(
         name,
         attention_kernel,
         gpu,
         types={
             "q": "*fp32",
-            "k_cache": f"*{cache}",
-            "v_cache": f"*{cache}",
+            **cache.types,
             "cu_seqlens": "*i32",
             "seq_lens": "*i32",
             "block_tables": "*i32",
@@ -78,7 +108,8 @@ def _attention(gpu: GpuModel, name: str, *, tokens: int, cache: str) -> KernelRe
             **dict.fromkeys(integers, "i32"),
         },
         constants={
-            "PARTIAL": partial,
+            **cache.constants,
+            "PARTIAL": tokens == 1,
             "BLOCK_D": D,
             "BLOCK_Q": rows.tokens,
             "BLOCK_G": rows.heads,
@@ -92,16 +123,13 @@ def _attention(gpu: GpuModel, name: str, *, tokens: int, cache: str) -> KernelRe
     )
 
 
-def decode_attention(gpu: GpuModel) -> KernelReport:
-    return _attention(gpu, "attention decode fp16", tokens=1, cache="fp16")
+def decode_attention(gpu: GpuModel, *, kind: str) -> KernelReport:
+    return _attention(gpu, f"attention decode {NAMES[kind]}", tokens=1, cache=CacheArguments(kind))
 
 
-def decode_attention_bf16(gpu: GpuModel) -> KernelReport:
-    return _attention(gpu, "attention decode bf16", tokens=1, cache="bf16")
-
-
-def prefill_attention(gpu: GpuModel) -> KernelReport:
-    return _attention(gpu, f"attention prefill {PREFILL}", tokens=PREFILL, cache="fp16")
+def prefill_attention(gpu: GpuModel, *, kind: str) -> KernelReport:
+    name = f"attention prefill {PREFILL}" + ("" if kind == "fp16" else f" {NAMES[kind]}")
+    return _attention(gpu, name, tokens=PREFILL, cache=CacheArguments(kind))
 
 
 def merge(gpu: GpuModel) -> KernelReport:
@@ -145,10 +173,11 @@ def silu(gpu: GpuModel) -> KernelReport:
     )
 
 
-def rope(gpu: GpuModel) -> KernelReport:
+def rope(gpu: GpuModel, *, kind: str) -> KernelReport:
     heads = HEADS + 2 * KV_HEADS
+    cache = CacheArguments(kind)
     return compiled_report(
-        "rope_kv_write",
+        "rope_kv_write" + ("" if kind == "fp16" else f" {NAMES[kind]}"),
         rope_kv_write_kernel,
         gpu,
         types={
@@ -156,8 +185,7 @@ def rope(gpu: GpuModel) -> KernelReport:
             "positions": "*i64",
             "cos": "*fp32",
             "sin": "*fp32",
-            "k_cache": "*fp16",
-            "v_cache": "*fp16",
+            **cache.types,
             "slots": "*i64",
             "q": "*fp32",
             **dict.fromkeys(("T", "HEADS", "KV_HEADS", "BLOCK_SIZE", "HALF", "D"), "i32"),
@@ -171,8 +199,9 @@ def rope(gpu: GpuModel) -> KernelReport:
             "ZERO_STEP": 1.0,
             "BIAS": False,
             "BLOCK_D": D,
+            **cache.constants,
         },
-        moved=heads * D * 4 + HEADS * D * 4 + 2 * KV_HEADS * D * 2,
+        moved=heads * D * 4 + HEADS * D * 4 + 2 * KV_HEADS * cache.row_bytes,
         warps=1,
         multiples_of_16=("BLOCK_SIZE", "HALF", "D"),
     )
@@ -225,13 +254,12 @@ def argmax_row(gpu: GpuModel) -> KernelReport:
 
 
 SMALL: tuple[Callable[[GpuModel], KernelReport], ...] = (
-    decode_attention,
-    decode_attention_bf16,
-    prefill_attention,
+    *(partial(decode_attention, kind=kind) for kind in NAMES),
+    *(partial(prefill_attention, kind=kind) for kind in ("fp16", "i8", "u8")),
     merge,
     norm,
     silu,
-    rope,
+    *(partial(rope, kind=kind) for kind in ("fp16", "i8", "u8")),
     embedding,
     argmax_blocks,
     argmax_row,

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from dibit.kernels.contract import ContractError, Dims
 from dibit.kernels.formats import PER_CHANNEL
+from dibit.kernels.kv import head_dim
 from dibit.kernels.rope import check_rope_kv_write
+from dibit.kernels.triton.cache import TYPES, Side, block_columns
 from dibit.kernels.triton.device.small import (
     block_argmax_kernel,
     embedding_kernel,
@@ -95,12 +97,11 @@ def rope_kv_write(
 
     `qkv` may be a product whose runs are not added up.
     """
-    _, kv_heads, block_size, d = k_cache.shape
+    kv_heads, block_size, d = k_cache.shape[1], k_cache.shape[2], head_dim(k_cache)
     # Runs of a product have the shape of its first one.
     seen = qkv if isinstance(qkv, Tensor) else qkv.target[0] if qkv.plan.partial else qkv.target
-    check_rope_kv_write(
-        seen, positions, cos, sin, k_cache, v_cache, slots, heads, reals=_REALS, cache_types=frozenset(_REALS)
-    )
+    check_rope_kv_write(seen, positions, cos, sin, k_cache, v_cache, slots, heads, reals=_REALS, cache_types=TYPES)
+    keys, values = Side.of(k_cache, "k_cache"), Side.of(v_cache, "v_cache")
     t = positions.shape[0]
     q = torch.empty(t, heads * d, dtype=seen.dtype, device=seen.device)
     if t:
@@ -109,8 +110,10 @@ def rope_kv_write(
             positions,
             cos,
             sin,
-            k_cache,
-            v_cache,
+            keys.cache,
+            keys.grid,
+            values.cache,
+            values.grid,
             slots,
             q,
             t,
@@ -119,8 +122,12 @@ def rope_kv_write(
             block_size,
             cos.shape[1],
             d,
+            K_WIDTH=keys.width,
+            V_WIDTH=values.width,
+            K_BITS=keys.bits,
+            V_BITS=values.bits,
             **constants_of(qkv),
-            BLOCK_D=triton.next_power_of_2(d),
+            BLOCK_D=block_columns(d, keys, values),
             num_warps=1,
         )
     return q

@@ -13,12 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dibit.kernels.triton.device.cache import load_keys, load_values
+
 
 @triton.jit
 def attend_split(
     queries,
+    odd_queries,
     k_cache,
+    k_grid,
     v_cache,
+    v_grid,
     table,
     first,
     stop,
@@ -28,42 +33,59 @@ def attend_split(
     KV_HEADS,
     BLOCK_SIZE,
     D,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Attention of queries [ROWS, BLOCK_D] over keys first .. stop - 1: the result, and log2 of the sum of weights."""
-    d = tl.arange(0, BLOCK_D)
+    """Attention of queries [ROWS, BLOCK_D] over keys first .. stop - 1: the result, and log2 of the sum of weights.
+
+    Where keys have 4 bits `queries` and `odd_queries` are the even and the odd columns, [ROWS, BLOCK_D / 2]; where
+    values have, the result is so divided. Without, the second part means nothing.
+    """
+    HALF: tl.constexpr = BLOCK_D // 2 if V_BITS == 4 else BLOCK_D
+    ODD: tl.constexpr = HALF if V_BITS == 4 else 1
     n = tl.arange(0, BLOCK_N)
     highest = tl.full((ROWS,), -1.0e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    acc = tl.zeros((ROWS, HALF), tl.float32)
+    odd_acc = tl.zeros((ROWS, ODD), tl.float32)
     for begin in range(first, stop, BLOCK_N):
         key = begin + n
         held = key < stop
         page = tl.load(table + key // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
-        at = ((page * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE) * D
-        keys = tl.load(k_cache + at[None, :] + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0.0)
-        scores = tl.dot(queries, keys, input_precision="ieee") * scale
+        at = (page * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE
+        keys, odd_keys = load_keys(k_cache, k_grid, at, held, D, K_WIDTH, K_BITS, BLOCK_D, BLOCK_N)
+        scores = tl.dot(queries, keys, input_precision="ieee")
+        if K_BITS == 4:
+            scores = tl.dot(odd_queries, odd_keys, scores, input_precision="ieee")
+        scores *= scale
         seen = held[None, :] & (key[None, :] <= position[:, None])
         scores = tl.where(seen, scores, -1.0e30)
         higher = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp2(highest - higher)
         p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
-        values = tl.load(v_cache + at[:, None] + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0.0)
+        values, odd_values = load_values(v_cache, v_grid, at, held, D, V_WIDTH, V_BITS, BLOCK_D, BLOCK_N)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        if V_BITS == 4:
+            odd_acc = tl.dot(p.to(values.dtype), odd_values, odd_acc * shrink[:, None], input_precision="ieee")
         highest = higher
     some = total > 0
     safe = tl.where(some, total, 1.0)
-    return acc / safe[:, None], tl.where(some, highest + tl.log2(safe), float("-inf"))
+    return acc / safe[:, None], odd_acc / safe[:, None], tl.where(some, highest + tl.log2(safe), float("-inf"))
 
 
 @triton.jit
 def attention_kernel(
     q,
     k_cache,
+    k_grid,
     v_cache,
+    v_grid,
     cu_seqlens,
     seq_lens,
     block_tables,
@@ -78,6 +100,10 @@ def attention_kernel(
     SPLITS,
     SPLIT_KEYS,
     D,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
     PARTIAL: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -87,7 +113,7 @@ def attention_kernel(
     """q [T, HEADS, D] -> out [T, HEADS, D]; programs (blocks of the longest chunk, sequence, KV head).
 
     With PARTIAL, programs (.., .., KV head * SPLITS), out [T, HEADS, SPLITS, D] and weights [T, HEADS, SPLITS], the
-    log2 of the sum of weights. `scale` includes log2(e).
+    log2 of the sum of weights. `scale` includes log2(e). Caches as device/cache.py takes them.
     """
     ROWS: tl.constexpr = BLOCK_Q * BLOCK_G
     block = tl.program_id(0)
@@ -106,39 +132,58 @@ def attention_kernel(
         kv_head = tl.program_id(2) // SPLITS
     else:
         kv_head = tl.program_id(2)
-    d = tl.arange(0, BLOCK_D)
     row = (start + token).to(tl.int64) * HEADS + kv_head * GROUP + member
-    inside = wanted[:, None] & (d < D)[None, :]
     table = block_tables + b * TABLE_STRIDE
-    # Matrix instructions take one type, the cache's; scores are scaled in float32 after the product.
-    queries = tl.load(q + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(k_cache.dtype.element_ty)
+    # Columns of the queries, and of the result, as the operands are divided: the even ones first under 4 bits.
+    K_STEP: tl.constexpr = 2 if K_BITS == 4 else 1
+    V_STEP: tl.constexpr = 2 if V_BITS == 4 else 1
+    d = tl.arange(0, BLOCK_D // K_STEP) * K_STEP
+    e = tl.arange(0, BLOCK_D // V_STEP) * V_STEP
+    asked = wanted[:, None] & (d < D)[None, :]
+    inside = wanted[:, None] & (e < D)[None, :]
+    # Matrix instructions take one type, the cache's or what codes become; scores are scaled in float32 afterwards.
+    kind: tl.constexpr = k_cache.dtype.element_ty if K_BITS == 16 else tl.float16
+    queries = tl.load(q + row[:, None] * D + d[None, :], mask=asked, other=0.0).to(kind)
+    odd_queries = queries
+    if K_BITS == 4:
+        odd_queries = tl.load(q + row[:, None] * D + d[None, :] + 1, mask=asked, other=0.0).to(kind)
     if PARTIAL:
         split = tl.program_id(2) % SPLITS
         first = split * SPLIT_KEYS
-        share, weight = attend_split(
-            queries, k_cache, v_cache, table, first, tl.minimum(first + SPLIT_KEYS, stop), position, kv_head, scale,
-            KV_HEADS, BLOCK_SIZE, D, BLOCK_D, ROWS, BLOCK_N,
+        share, odd_share, weight = attend_split(
+            queries, odd_queries, k_cache, k_grid, v_cache, v_grid, table, first, tl.minimum(first + SPLIT_KEYS, stop),
+            position, kv_head, scale, KV_HEADS, BLOCK_SIZE, D, K_WIDTH, V_WIDTH, K_BITS, V_BITS, BLOCK_D, ROWS,
+            BLOCK_N,
         )  # fmt: skip
         at = row * SPLITS + split
-        tl.store(out + at[:, None] * D + d[None, :], share, mask=inside)
+        tl.store(out + at[:, None] * D + e[None, :], share, mask=inside)
+        if V_BITS == 4:
+            tl.store(out + at[:, None] * D + e[None, :] + 1, odd_share, mask=inside)
         tl.store(weights + at, weight, mask=wanted)
     else:
+        ODD: tl.constexpr = BLOCK_D // 2 if V_BITS == 4 else 1
         highest = tl.full((ROWS,), -1.0e30, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        acc = tl.zeros((ROWS, BLOCK_D // V_STEP), tl.float32)
+        odd_acc = tl.zeros((ROWS, ODD), tl.float32)
         for first in range(0, stop, SPLIT_KEYS):
-            share, weight = attend_split(
-                queries, k_cache, v_cache, table, first, tl.minimum(first + SPLIT_KEYS, stop), position, kv_head, scale,
-                KV_HEADS, BLOCK_SIZE, D, BLOCK_D, ROWS, BLOCK_N,
+            share, odd_share, weight = attend_split(
+                queries, odd_queries, k_cache, k_grid, v_cache, v_grid, table, first,
+                tl.minimum(first + SPLIT_KEYS, stop), position, kv_head, scale, KV_HEADS, BLOCK_SIZE, D, K_WIDTH,
+                V_WIDTH, K_BITS, V_BITS, BLOCK_D, ROWS, BLOCK_N,
             )  # fmt: skip
             higher = tl.maximum(highest, weight)
             old = tl.exp2(highest - higher)
             new = tl.exp2(weight - higher)
             acc = acc * old[:, None] + share * new[:, None]
+            if V_BITS == 4:
+                odd_acc = odd_acc * old[:, None] + odd_share * new[:, None]
             total = total * old + new
             highest = higher
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out + row[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=inside)
+        safe = tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out + row[:, None] * D + e[None, :], (acc / safe).to(out.dtype.element_ty), mask=inside)
+        if V_BITS == 4:
+            tl.store(out + row[:, None] * D + e[None, :] + 1, (odd_acc / safe).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

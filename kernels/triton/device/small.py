@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dibit.kernels.triton.device.cache import store_row
 from dibit.kernels.triton.device.qlinear import finished
 
 
@@ -52,7 +53,9 @@ def rope_kv_write_kernel(
     cos,
     sin,
     k_cache,
+    k_grid,
     v_cache,
+    v_grid,
     slots,
     q,
     T,
@@ -61,6 +64,10 @@ def rope_kv_write_kernel(
     BLOCK_SIZE,
     HALF,
     D,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTIAL: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
@@ -69,7 +76,8 @@ def rope_kv_write_kernel(
     BIAS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One head of one token; programs (H + 2 KH, T). Rotates q to `q` and k to the cache, copies v to the cache.
+    """One head of one token; programs (H + 2 KH, T). Rotates q to `q` and k to the cache, copies v to the cache; caches
+    as device/cache.py takes them.
 
     qkv [T, (H + 2 KH) D], or with PARTIAL the runs of that product (`finished` in device/qlinear.py).
     """
@@ -101,11 +109,12 @@ def rope_kv_write_kernel(
         slot = tl.load(slots + t)
         kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
         at = ((slot // BLOCK_SIZE) * KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
-        is_key = head < HEADS + KV_HEADS
         # Rounded to the activations' type first, as the reference's rotation is.
-        stored = value.to(qkv.dtype.element_ty).to(k_cache.dtype.element_ty)
-        tl.store(k_cache + at * D + d, stored, mask=inside & (slot >= 0) & is_key)
-        tl.store(v_cache + at * D + d, stored, mask=inside & (slot >= 0) & (is_key == 0))
+        stored = value.to(qkv.dtype.element_ty).to(tl.float32)
+        if head < HEADS + KV_HEADS:
+            store_row(k_cache, k_grid, at, stored, slot >= 0, D, K_WIDTH, K_BITS, BLOCK_D)
+        else:
+            store_row(v_cache, v_grid, at, stored, slot >= 0, D, V_WIDTH, V_BITS, BLOCK_D)
 
 
 @triton.jit

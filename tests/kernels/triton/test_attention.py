@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dibit.kernels.attention import paged_attention_reference
 from dibit.kernels.contract import ContractError
+from dibit.kernels.kv import INT4, INT8, REALS, load_rows, row_width, store_rows
 from dibit.kernels.triton.attention import SIDE_BY_SIDE_TOKENS, paged_attention
 
 NAN = float("nan")
@@ -19,21 +20,34 @@ class Case:
     past an end are wild."""
 
     def __init__(
-        self, lengths: list[int], tokens: list[int], heads: int, kv_heads: int, d: int, dtype: torch.dtype
+        self,
+        lengths: list[int],
+        tokens: list[int],
+        heads: int,
+        kv_heads: int,
+        d: int,
+        dtype: torch.dtype,
+        values: torch.dtype | None = None,
     ) -> None:
         needed = [-(-length // BLOCK_SIZE) for length in lengths]
         blocks = sum(needed) + 2
         order = torch.randperm(blocks).to(torch.int32)
-        self.k_cache = torch.full((blocks, kv_heads, BLOCK_SIZE, d), NAN, dtype=dtype)
-        self.v_cache = self.k_cache.clone()
+        self.d = d
+        self.k_cache, self.v_cache = (
+            # All bits set: the scales of codes are NaN too.
+            torch.full((blocks, kv_heads, BLOCK_SIZE, row_width(d, kind) * kind.itemsize), 255, dtype=torch.uint8)
+            .view(kind)
+            .clone()
+            for kind in (dtype, values or dtype)
+        )
         self.tables = torch.full((len(lengths), max(needed) + 1), 1 << 30, dtype=torch.int32)
         for b, length in enumerate(lengths):
             own = order[sum(needed[:b]) : sum(needed[: b + 1])]
             self.tables[b, : needed[b]] = own
             for position in range(length):
                 block, offset = int(own[position // BLOCK_SIZE]), position % BLOCK_SIZE
-                self.k_cache[block, :, offset] = torch.randn(kv_heads, d).to(dtype)
-                self.v_cache[block, :, offset] = torch.randn(kv_heads, d).to(dtype)
+                for cache in (self.k_cache, self.v_cache):
+                    cache[block, :, offset] = store_rows(torch.randn(kv_heads, d), cache.dtype)
         self.q = torch.randn(sum(tokens), heads * d)
         self.cu_seqlens = torch.tensor([0, *torch.tensor(tokens).cumsum(0)], dtype=torch.int32)
         self.seq_lens = torch.tensor(lengths, dtype=torch.int32)
@@ -59,11 +73,13 @@ class Case:
         return got
 
     def want(self) -> Tensor:
-        """In float64, the queries rounded as the kernel rounds them."""
-        q = self.q.to(self.k_cache.dtype).double()
-        keys, values = self.k_cache.double(), self.v_cache.double()
+        """In float64, the queries, and what codes stand for, rounded as the kernel rounds them."""
+        d = self.d
+        kind = self.k_cache.dtype if self.k_cache.dtype in REALS else torch.float16
+        q = self.q.to(kind).double()
+        keys, values = (load_rows(cache, d).to(kind).double() for cache in (self.k_cache, self.v_cache))
         out = torch.empty_like(q)
-        heads, d = q.shape[1] // keys.shape[3], keys.shape[3]
+        heads = q.shape[1] // d
         for b in range(self.seq_lens.shape[0]):
             start, stop, length = int(self.cu_seqlens[b]), int(self.cu_seqlens[b + 1]), int(self.seq_lens[b])
             table = self.tables[b, : -(-length // BLOCK_SIZE)].long()
@@ -88,6 +104,25 @@ def test_decode_and_chunks_of_one_step(heads: int, kv_heads: int, d: int, dtype:
     # float32 sums; under a float16 cache the weights of the values are rounded to 11 bits as well.
     limit = 2e-5 if dtype == torch.float32 else 2.0**-10 * float(case.v_cache.nan_to_num().abs().max())
     assert bool(((got.double() - want).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("values", [INT8, INT4], ids=["v8", "v4"])
+@pytest.mark.parametrize("keys", [INT8, INT4], ids=["k8", "k4"])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 32), (6, 2, 24), (2, 1, 80)])
+def test_caches_of_codes(heads: int, kv_heads: int, d: int, keys: torch.dtype, values: torch.dtype) -> None:
+    """Decoding, chunks, and one chunk of more tokens than are done side by side."""
+    n = SIDE_BY_SIDE_TOKENS + 5
+    for lengths, tokens in (([1, 37, 64], [1, 1, 3]), ([n], [n])):
+        case = Case(lengths, tokens, heads, kv_heads, d, keys, values)
+        got, want = case.run(split_keys=32), case.want()
+        limit = 2.0**-10 * float(load_rows(case.v_cache, d).nan_to_num().abs().max())
+        assert bool(((got.double() - want).abs() <= limit).all())
+
+
+def test_rows_of_codes_at_odd_bytes_are_refused() -> None:
+    case = Case([8], [1], 2, 1, 26, INT8, INT4)
+    with pytest.raises(ContractError, match="v_cache has rows of 4-bit codes of a head dim of 26"):
+        case.run()
 
 
 def test_agrees_with_the_reference() -> None:

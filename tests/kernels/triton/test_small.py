@@ -12,6 +12,7 @@ from dibit.kernels.argmax import argmax_reference
 from dibit.kernels.contract import ContractError
 from dibit.kernels.embedding import embedding_reference
 from dibit.kernels.formats import BITS, Format, QTensor
+from dibit.kernels.kv import INT4, INT8, load_rows, row_width
 from dibit.kernels.norm import add_rms_norm_reference, rms_norm_reference
 from dibit.kernels.rope import rope_kv_write_reference
 from dibit.kernels.triton.layout import pack
@@ -54,6 +55,35 @@ def test_rope_and_the_cache_write(d: int, rotary: int, dtype: torch.dtype) -> No
     torch.testing.assert_close(caches[0], caches[2], rtol=step, atol=step)
     assert torch.equal(caches[1], caches[3])
     assert int((caches[0] == 7.0).all(dim=-1).sum()) == 3 * block_size - 4, "a slot was written that is nobody's"
+
+
+# The interpreter computes with numpy, which remarks on numbers that are none.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("values", [INT8, INT4], ids=["v8", "v4"])
+@pytest.mark.parametrize("keys", [INT8, INT4], ids=["k8", "k4"])
+@pytest.mark.parametrize("d", [8, 24, 32, 80])
+def test_rows_of_codes_have_the_reference_s_bytes(d: int, keys: torch.dtype, values: torch.dtype) -> None:
+    """Nothing is rotated, so that what is stored is the same; of one row a group is not finite, one is zero."""
+    heads, kv_heads, t, block_size = 2, 2, 6, 4
+    qkv = torch.randn(t, (heads + 2 * kv_heads) * d)
+    qkv[1, heads * d + 1] = torch.inf
+    qkv[2, -1] = torch.nan
+    qkv[3] = 0.0
+    qkv[4] *= 1e5
+    qkv[5, ::3] = -0.0
+    slots = torch.tensor([6, 0, 1, 11, 3, -1])
+    none = torch.zeros(1, 0)
+    caches = [torch.full((3, kv_heads, block_size, row_width(d, kind)), 7, dtype=kind) for kind in (keys, values) * 2]
+    positions = torch.zeros(t, dtype=torch.int64)
+    got = rope_kv_write(qkv, positions, none, none, caches[0], caches[1], slots, heads)
+    want = rope_kv_write_reference(qkv, positions, none, none, caches[2], caches[3], slots, heads)
+    assert torch.equal(got, want)
+    for ours, theirs in ((caches[0], caches[2]), (caches[1], caches[3])):
+        # NaN of either sign.
+        torch.testing.assert_close(load_rows(ours, d), load_rows(theirs, d), rtol=0, atol=0, equal_nan=True)
+        finite = load_rows(theirs, d).isfinite().all(dim=-1)
+        assert torch.equal(ours[finite], theirs[finite])
+    assert int((caches[0] == 7).all(dim=-1).sum()) == kv_heads * (3 * block_size - 5), "a slot that is nobody's"
 
 
 @pytest.mark.parametrize("group_size", [16, 64, -1])

@@ -1,0 +1,127 @@
+"""Rows of the KV cache that hold codes: written from a row of floats, and read as float16 operands. kernels/kv.py
+defines them; a row written here has the same bytes.
+
+A cache comes as two pointers to the same memory: to its elements (int8 codes, or uint8 with two codes each), and to
+float16, `grid`, for the scales and offsets behind the codes. WIDTH, the elements of a row, is constant, so that the
+compiler knows how rows are aligned and reads several codes at once. BITS is 8 or 4, or 16 for a cache of floats, which
+has no grid. Columns of a 4-bit row are worked on as two halves, the even and the odd ones, as they lie in a byte: the
+order in which a product sums its columns is free.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(32)
+# Added and taken off again it rounds a float32 below 2^22 to the nearest integer, halves to even.
+ROUND = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def codes_of(x, scale, offset, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """x [G, SPAN] in steps of scale [G] from offset [G], rounded and cut off; LOW where that is not a number."""
+    by = tl.where(scale > 0.0, scale, 1.0)[:, None]
+    y = tl.div_rn(x - offset[:, None], tl.broadcast_to(by, x.shape))
+    y = tl.where(y == y, y, LOW)
+    return tl.minimum(tl.maximum(y, LOW), HIGH) + ROUND - ROUND
+
+
+@triton.jit
+def store_row(cache, grid, at, x, there, D, WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x [BLOCK_D] float32, its first D elements, as row number `at`; nothing unless `there`."""
+    d = tl.arange(0, BLOCK_D)
+    if BITS == 16:
+        tl.store(cache + at * WIDTH + d, x.to(cache.dtype.element_ty), mask=(d < D) & there)
+    else:
+        SPAN: tl.constexpr = 32 if BLOCK_D >= 32 else BLOCK_D
+        GROUPS: tl.constexpr = BLOCK_D // SPAN
+        g = tl.arange(0, GROUPS)
+        column = g[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+        groups = tl.reshape(x, (GROUPS, SPAN))
+        inside = column < D
+        kept = (g * SPAN < D) & there
+        # Not finite times zero is NaN, where the maximum would let some of it pass.
+        poison = tl.sum(tl.where(inside, groups * 0.0, 0.0), 1)
+        if BITS == 8:
+            most = tl.max(tl.where(inside, tl.abs(groups), 0.0), 1)
+            scale = (tl.div_rn(most, tl.full((GROUPS,), 127.0, tl.float32)) + poison).to(tl.float16)
+            codes = codes_of(groups, scale.to(tl.float32), tl.zeros((GROUPS,), tl.float32), -127.0, 127.0)
+            tl.store(cache + at * WIDTH + column, codes.to(tl.int8), mask=inside & there)
+            tl.store(grid + at * (WIDTH // 2) + D // 2 + g, scale, mask=kept)
+        else:
+            least = tl.min(tl.where(inside, groups, float("inf")), 1) + 0.0
+            most = tl.max(tl.where(inside, groups, float("-inf")), 1)
+            step = tl.div_rn(most - least, tl.full((GROUPS,), 15.0, tl.float32)) + poison
+            scale, offset = step.to(tl.float16), least.to(tl.float16)
+            codes = codes_of(groups, scale.to(tl.float32), offset.to(tl.float32), 0.0, 15.0).to(tl.uint8)
+            low, high = tl.split(tl.reshape(codes, (BLOCK_D // 2, 2)))
+            pair = tl.arange(0, BLOCK_D // 2)
+            tl.store(cache + at * WIDTH + pair, low | (high << 4), mask=(pair < D // 2) & there)
+            own = grid + at * (WIDTH // 2) + D // 4 + 2 * g
+            tl.store(own, scale, mask=kept)
+            tl.store(own + 1, offset, mask=kept)
+
+
+@triton.jit
+def load_keys(
+    cache, grid, at, held, D, WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Rows at [BLOCK_N], those `held`, as columns: [BLOCK_D, BLOCK_N], or under 4 bits its even and its odd half."""
+    C: tl.constexpr = BLOCK_D // 2 if BITS == 4 else BLOCK_D
+    c = tl.arange(0, C)
+    inside = held[None, :] & (c < (D // 2 if BITS == 4 else D))[:, None]
+    codes = tl.load(cache + at[None, :] * WIDTH + c[:, None], mask=inside, other=0)
+    if BITS == 16:
+        return codes, codes
+    else:
+        SPAN: tl.constexpr = (32 if C >= 32 else C) if BITS == 8 else 16
+        GROUPS: tl.constexpr = C // SPAN
+        g = tl.arange(0, GROUPS)
+        kept = held[None, :] & (g * 32 < D)[:, None]
+        own = grid + at[None, :] * (WIDTH // 2)
+        if BITS == 8:
+            scale = tl.load(own + D // 2 + g[:, None], mask=kept, other=0.0).to(tl.float32)
+            scales = tl.reshape(tl.broadcast_to(scale[:, None, :], (GROUPS, SPAN, BLOCK_N)), (C, BLOCK_N))
+            keys = (codes.to(tl.float32) * scales).to(tl.float16)
+            return keys, keys
+        else:
+            scale = tl.load(own + D // 4 + 2 * g[:, None], mask=kept, other=0.0).to(tl.float32)
+            offset = tl.load(own + D // 4 + 2 * g[:, None] + 1, mask=kept, other=0.0).to(tl.float32)
+            scales = tl.reshape(tl.broadcast_to(scale[:, None, :], (GROUPS, SPAN, BLOCK_N)), (C, BLOCK_N))
+            offsets = tl.reshape(tl.broadcast_to(offset[:, None, :], (GROUPS, SPAN, BLOCK_N)), (C, BLOCK_N))
+            even = ((codes & 15).to(tl.float32) * scales + offsets).to(tl.float16)
+            odd = ((codes >> 4).to(tl.float32) * scales + offsets).to(tl.float16)
+            return even, odd
+
+
+@triton.jit
+def load_values(
+    cache, grid, at, held, D, WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The same as rows: [BLOCK_N, BLOCK_D], or under 4 bits its even and its odd columns."""
+    C: tl.constexpr = BLOCK_D // 2 if BITS == 4 else BLOCK_D
+    c = tl.arange(0, C)
+    inside = held[:, None] & (c < (D // 2 if BITS == 4 else D))[None, :]
+    codes = tl.load(cache + at[:, None] * WIDTH + c[None, :], mask=inside, other=0)
+    if BITS == 16:
+        return codes, codes
+    else:
+        SPAN: tl.constexpr = (32 if C >= 32 else C) if BITS == 8 else 16
+        GROUPS: tl.constexpr = C // SPAN
+        g = tl.arange(0, GROUPS)
+        kept = held[:, None] & (g * 32 < D)[None, :]
+        own = grid + at[:, None] * (WIDTH // 2)
+        if BITS == 8:
+            scale = tl.load(own + D // 2 + g[None, :], mask=kept, other=0.0).to(tl.float32)
+            scales = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, GROUPS, SPAN)), (BLOCK_N, C))
+            values = (codes.to(tl.float32) * scales).to(tl.float16)
+            return values, values
+        else:
+            scale = tl.load(own + D // 4 + 2 * g[None, :], mask=kept, other=0.0).to(tl.float32)
+            offset = tl.load(own + D // 4 + 2 * g[None, :] + 1, mask=kept, other=0.0).to(tl.float32)
+            scales = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, GROUPS, SPAN)), (BLOCK_N, C))
+            offsets = tl.reshape(tl.broadcast_to(offset[:, :, None], (BLOCK_N, GROUPS, SPAN)), (BLOCK_N, C))
+            even = ((codes & 15).to(tl.float32) * scales + offsets).to(tl.float16)
+            odd = ((codes >> 4).to(tl.float32) * scales + offsets).to(tl.float16)
+            return even, odd
