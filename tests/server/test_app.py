@@ -127,7 +127,8 @@ def test_pages_of_other_origins(locked: Live, live: Live) -> None:
 def test_the_description_is_complete(live: Live) -> None:
     description = live.http.get("/openapi.json").json()
     assert set(description["paths"]) == {
-        CHAT, "/v1/completions", "/tokenize", "/detokenize", "/v1/models", "/v1/models/{model_id}", "/health", "/metrics", "/version",
+        CHAT, "/v1/completions", "/tokenize", "/detokenize", "/v1/models", "/v1/models/{model_id}", "/health",
+        "/metrics", "/version",
     }  # fmt: skip
     shapes = description["components"]["schemas"]
     references = set(re.findall(r"#/components/schemas/(\w+)", live.http.get("/openapi.json").text))
