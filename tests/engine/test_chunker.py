@@ -15,7 +15,7 @@ from dibit.engine.step import Sampled, Step, StepResult
 from fakes import ByteTokenizer, FakeRunner, solo_tokens
 
 PROMPT = 1500
-# The bound is on what was measured; what was measured follows a context that grows.
+# What comes next is guessed from what was measured.
 LAG = 1.1
 
 
@@ -113,18 +113,20 @@ def test_a_long_prompt_holds_decoding_up_within_the_ratio(
     quiet_s, costs = arrival(machine, decodes=decodes, max_itl_ratio=ratio)
     # A layer of the smallest chunk at the end of the prompt.
     least_s = MIN_CHUNK_TOKENS / layers * (token_s + key_s * PROMPT) + slice_s
-    bound_s = max((ratio - 1) * quiet_s * LAG, least_s) + slice_s + quiet_s * 1.01
-    # The first chunk is cut by what short prompts took, without the cost of a slice.
-    late = sorted(costs)[-(-99 * len(costs) // 100) - 1]
-    assert late <= bound_s, (quiet_s, costs)
+    within(max((ratio - 1) * quiet_s, least_s) + slice_s + quiet_s, costs)
+
+
+def within(bound_s: float, costs: list[float]) -> None:
+    """What a prompt's tokens cost, and how that grows with it, is learned by the first long one."""
+    assert max(costs) <= 1.6 * bound_s
+    assert max(costs[12:], default=0.0) <= LAG * bound_s
 
 
 @given(fixed_s=st.floats(0.001, 0.1), token_s=st.floats(1e-5, 0.01), ratio=st.floats(1.5, 6.0))
 @settings(max_examples=15, deadline=None)
 def test_where_layers_cannot_be_cut_tokens_are(fixed_s: float, token_s: float, ratio: float) -> None:
     quiet_s, costs = arrival(Machine(fixed_s=fixed_s, token_s=token_s, runner=Quick), decodes=3, max_itl_ratio=ratio)
-    bound_s = max(ratio * quiet_s, fixed_s + token_s * (3 + MIN_CHUNK_TOKENS)) * 1.001
-    assert max(costs) <= bound_s
+    within(max(ratio * quiet_s, fixed_s + token_s * (3 + MIN_CHUNK_TOKENS)), costs)
 
 
 @pytest.mark.parametrize("layers", [1, 30])
@@ -139,7 +141,7 @@ def test_tokens_whose_keys_are_many_are_not_taken_one_by_one() -> None:
     # At the end of this prompt a token takes as long as a quiet step.
     machine = Machine(fixed_s=0.006, token_s=0.0006, key_s=4e-6, num_layers=30, runner=Quick)
     quiet_s, costs = arrival(machine, max_itl_ratio=2.5)
-    assert max(costs) <= (1 + 1.5 * 1.2) * quiet_s
+    within(2.5 * quiet_s, costs)
     of_prompt = [c for step in machine.runner.steps for c in step.chunks if c.request.id == "long"]
     assert min(chunk.count for chunk in of_prompt if chunk.stop < PROMPT) >= MIN_CHUNK_TOKENS
 
@@ -149,9 +151,9 @@ def test_tokens_whose_keys_are_many_are_not_taken_one_by_one() -> None:
 def test_a_machine_that_becomes_slower_or_faster_is_followed(speed: float, layers: int) -> None:
     machine = Machine(fixed_s=0.010, token_s=0.0009, num_layers=layers, runner=Quick)
     quiet_s, costs = arrival(machine, prompt=4500, speeds=(speed,), max_itl_ratio=2.5)
-    settled = costs[30 + 4 * QUIET_EVERY : -4]
+    settled = costs[30 + (2 if speed > 1 else 4) * QUIET_EVERY : -4]
     assert len(settled) > 8
-    assert max(settled) <= 2.5 * quiet_s / speed * 1.02
+    assert max(settled) <= 2.5 * quiet_s / speed * LAG
     assert sorted(settled)[len(settled) // 2] > 2.0 * quiet_s / speed
 
 
