@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
 
 from dibit.server import connections, validation
 from fakes import FakeRunner
@@ -159,6 +163,27 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting(live: Live) -> None:
         wait_until(lambda: live.busy() == 1)
         assert live.complete(max_tokens=2).status_code == 200
         wait_until(lambda: live.busy() == 0, timeout_s=10)
+
+
+@pytest.mark.parametrize("reads", [{True}, set()], ids=["reads", "waits"])
+def test_a_client_that_reads_no_further_is_cut(monkeypatch: pytest.MonkeyPatch, reads: set[bool]) -> None:
+    monkeypatch.setattr(connections, "READ_TIMEOUT_S", 0.05)
+    transport = Mock(spec=asyncio.Transport)
+    transport.get_extra_info.return_value = None
+
+    async def wait() -> None:
+        config = uvicorn.Config(FastAPI(), log_config=None)
+        loop = asyncio.get_running_loop()
+        connection = connections.Connection(config, uvicorn.server.ServerState(), {}, loop)
+        connection.connection_made(transport)
+        connection.pause_writing()
+        if reads:
+            connection.resume_writing()
+        await asyncio.sleep(0.2)
+        connection.connection_lost(None)
+
+    asyncio.run(wait())
+    assert transport.abort.called is not bool(reads)
 
 
 @pytest.mark.parametrize(
