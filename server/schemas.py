@@ -11,7 +11,7 @@ Reference: https://platform.openai.com/docs/api-reference/chat/create and .../co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -299,14 +299,10 @@ class CompletionRequest(Sampling):
         """The prompts, one or several."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        several: list[str | list[int]] = []
-        tokens: list[int] = []
-        for item in self.prompt:
-            if isinstance(item, int):
-                tokens.append(item)
-            else:
-                several.append(item)
-        return several or [tokens]
+        # Of one kind throughout, and there may be millions.
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return cast("list[str | list[int]]", self.prompt)
 
 
 class TokenizeRequest(TemplateOptions):
