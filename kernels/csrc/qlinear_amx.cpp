@@ -28,7 +28,7 @@ constexpr int kSub = 4;
 // Columns unpacked at a time, of two panels: with activations and sums they stay in L1.
 constexpr int64_t kColumns = 512;
 // With fewer tokens the vector units alone are as fast.
-constexpr int64_t kLeastTokens = 8;
+constexpr int64_t kLeastTokens = 16;
 
 // Sums and codes of two panels; tokens, and sums, of 16 and of the last few.
 enum Tiles { kTokens = 0, kLastTokens = 1, kCodes = 2, kSums = 4, kLastSums = 6 };
