@@ -40,7 +40,8 @@ class LLM:
         unknown = sorted(settings.keys() - set(known))
         if unknown:
             raise ConfigError(f"unknown setting {', '.join(unknown)}; supported: {', '.join(known)}")
-        self._use(build_core(model, EngineConfig(**settings)))
+        # Who waits for whole answers has no use for short steps.
+        self._use(build_core(model, EngineConfig(**{"max_itl_ratio": 0.0, **settings})))
 
     @classmethod
     def of(cls, core: EngineCore) -> LLM:
