@@ -24,7 +24,7 @@ from dibit.engine.build import build_core
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.core import EngineCore
 from dibit.engine.errors import ConfigError, DibitError
-from dibit.server.output import write_json
+from dibit.server.output import emit
 
 STREAM_PROMPT_LEN = 32
 
@@ -73,6 +73,20 @@ class InterferenceResult:
     first_ratio: float
     arrivals: tuple[Arrival, ...]
     machine: MachineFacts
+
+    def text(self) -> str:
+        lines = [
+            f"{self.machine.line()}; {self.model}\n",
+            "| arrival | quiet ITL p50 ms | p99 | beside: p50 ms | p99 | max | p99 / quiet p50 | prompt's TTFT s |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {number} | {a.quiet.p50_ms:.2f} | {a.quiet.p99_ms:.2f} | "
+            f"{a.beside.p50_ms:.2f} | {a.beside.p99_ms:.2f} | {a.beside.max_ms:.2f} | {a.ratio:.2f} | {a.ttft_s:.2f} |"
+            for number, a in enumerate(self.arrivals, start=1)
+        ]
+        lines.append(f"\np99 beside a prompt of {self.prompt_len} tokens: {self.ratio:.2f} times the quiet median")
+        return "\n".join(lines)
 
 
 def measure(
@@ -161,20 +175,6 @@ def _arrival(
     return Arrival(quiet, beside, ttft_s)
 
 
-def text_of(result: InterferenceResult) -> str:
-    lines = [
-        "| arrival | quiet ITL p50 ms | p99 | beside: p50 ms | p99 | max | p99 / quiet p50 | prompt's TTFT s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {number} | {a.quiet.p50_ms:.2f} | {a.quiet.p99_ms:.2f} | {a.beside.p50_ms:.2f} | {a.beside.p99_ms:.2f} | "
-        f"{a.beside.max_ms:.2f} | {a.ratio:.2f} | {a.ttft_s:.2f} |"
-        for number, a in enumerate(result.arrivals, start=1)
-    ]
-    lines.append(f"\np99 beside a prompt of {result.prompt_len} tokens: {result.ratio:.2f} times the quiet median")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Inter-token latency while a long prompt arrives.")
     parser.add_argument("model", nargs="?", default="demo")
@@ -217,10 +217,7 @@ def main() -> None:
     )
     if asked.json is not None:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(result, str(asked.json))
-    facts = result.machine
-    print(f"{facts.cpu}, {facts.threads} threads, {facts.isa}; dibit {facts.commit}; {result.model}\n")
-    print(text_of(result))
+    emit(result, None if asked.json is None else str(asked.json))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ class MachineFacts:
     torch: str
     commit: str
 
+    def line(self) -> str:
+        """What a table of figures begins with."""
+        return f"{self.cpu}, {self.threads} threads, {self.isa}; dibit {self.commit}"
+
 
 def machine_facts() -> MachineFacts:
     """The facts of this machine, now. Raises NativeError when the C++ kernels are not built."""

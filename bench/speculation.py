@@ -25,7 +25,7 @@ from dibit.engine.build import build_core
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.core import EngineCore
 from dibit.engine.errors import ConfigError, DibitError, RequestError
-from dibit.server.output import write_json
+from dibit.server.output import emit
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,21 @@ class SpeculationResult:
     kinds: tuple[KindResult, ...]
     turns: tuple[Turn, ...]
     machine: MachineFacts
+
+    def text(self) -> str:
+        """The table, and what differed."""
+        lines = [
+            f"{self.machine.line()}; {self.model}\n",
+            "| prompts | off tok/s | on tok/s | speed-up | drafted | accepted | tokens per such step | of all tokens |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {r.kind} | {r.off_tok_s:.1f} | {r.on_tok_s:.1f} | {r.speed_up:.2f} | {r.drafted} | "
+            f"{r.acceptance:.0%} | {r.tokens_per_step:.2f} | {r.drafted_share:.0%} |"
+            for r in self.kinds
+        ]
+        differ = [f"{turn.kind} {turn.prompt}" for turn in self.turns if not turn.same]
+        return "\n".join([*lines, *([f"ANSWERS DIFFER: {', '.join(differ)}"] if differ else [])])
 
 
 @dataclass(frozen=True)
@@ -139,21 +154,6 @@ def summarize(kind: str, turns: Sequence[Turn]) -> KindResult:
         tokens_per_step=(drafts + accepted) / drafts if drafts else 0.0,
         drafted_share=(drafts + accepted) / tokens,
     )
-
-
-def text_of(result: SpeculationResult) -> str:
-    """The table, and what differed."""
-    lines = [
-        "| prompts | off tok/s | on tok/s | speed-up | drafted | accepted | tokens per such step | of all tokens |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {r.kind} | {r.off_tok_s:.1f} | {r.on_tok_s:.1f} | {r.speed_up:.2f} | {r.drafted} | {r.acceptance:.0%} | "
-        f"{r.tokens_per_step:.2f} | {r.drafted_share:.0%} |"
-        for r in result.kinds
-    ]
-    differ = [f"{turn.kind} {turn.prompt}" for turn in result.turns if not turn.same]
-    return "\n".join([*lines, *([f"ANSWERS DIFFER: {', '.join(differ)}"] if differ else [])])
 
 
 def _turn(
@@ -236,10 +236,7 @@ def main() -> None:
         sys.exit(f"speculation: {error}")
     if asked.json is not None:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(result, str(asked.json))
-    facts = result.machine
-    print(f"{facts.cpu}, {facts.threads} threads, {facts.isa}; dibit {facts.commit}; {result.model}\n")
-    print(text_of(result))
+    emit(result, None if asked.json is None else str(asked.json))
 
 
 if __name__ == "__main__":

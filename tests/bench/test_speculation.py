@@ -9,7 +9,7 @@ import pytest
 
 from dibit.bench import interference, speculation
 from dibit.bench.interference import Gaps, measure
-from dibit.bench.speculation import Turn, compare, summarize, text_of
+from dibit.bench.speculation import Turn, compare, summarize
 from dibit.bench.speculation_prompts import KINDS, Kind
 from dibit.engine.config import EngineConfig
 from dibit.engine.core import EngineCore
@@ -57,9 +57,9 @@ def test_both_engines_answer_and_are_compared(monkeypatch: pytest.MonkeyPatch) -
     assert [(turn.kind, turn.prompt) for turn in result.turns] == [("a", 0), ("b", 0), ("b", 1)] * 2
     assert all(turn.same and turn.tokens == 60 for turn in result.turns)
     assert all(one.drafted >= one.accepted > 0 and one.speed_up > 0 for one in result.kinds)
-    assert "DIFFER" not in text_of(result)
+    assert "DIFFER" not in result.text()
     differing = compare("m", config, kinds=kinds[:1], max_tokens=60, repeats=1)
-    assert "ANSWERS DIFFER: a 0" in text_of(differing)
+    assert "ANSWERS DIFFER: a 0" in differing.text()
     with pytest.raises(ConfigError, match="guess"):
         compare("m", EngineConfig(), max_tokens=9, repeats=1)
 
