@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dibit.kernels.triton.device.cache import load_keys, load_values
+from dibit.kernels.triton.device.cache import load_rows
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def attend_split(
         held = key < stop
         page = tl.load(table + key // BLOCK_SIZE, mask=held, other=0).to(tl.int64)
         at = (page * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE
-        keys, odd_keys = load_keys(k_cache, k_grid, at, held, D, K_WIDTH, K_BITS, BLOCK_D, BLOCK_N)
+        keys, odd_keys = load_rows(k_cache, k_grid, at, held, D, K_WIDTH, K_BITS, BLOCK_D, BLOCK_N, TURNED=True)
         scores = tl.dot(queries, keys, input_precision="ieee")
         if K_BITS == 4:
             scores = tl.dot(odd_queries, odd_keys, scores, input_precision="ieee")
@@ -68,7 +68,7 @@ def attend_split(
         higher = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp2(highest - higher)
         p = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
-        values, odd_values = load_values(v_cache, v_grid, at, held, D, V_WIDTH, V_BITS, BLOCK_D, BLOCK_N)
+        values, odd_values = load_rows(v_cache, v_grid, at, held, D, V_WIDTH, V_BITS, BLOCK_D, BLOCK_N, TURNED=False)
         total = total * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
         if V_BITS == 4:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GROUP = tl.constexpr(32)
 # Added and taken off again it rounds a float32 below 2^22 to the nearest integer, halves to even.
 ROUND = tl.constexpr(12582912.0)
 
@@ -64,64 +63,56 @@ def store_row(cache, grid, at, x, there, D, WIDTH: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
-def load_keys(
-    cache, grid, at, held, D, WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Rows at [BLOCK_N], those `held`, as columns: [BLOCK_D, BLOCK_N], or under 4 bits its even and its odd half."""
-    C: tl.constexpr = BLOCK_D // 2 if BITS == 4 else BLOCK_D
-    c = tl.arange(0, C)
-    inside = held[None, :] & (c < (D // 2 if BITS == 4 else D))[:, None]
-    codes = tl.load(cache + at[None, :] * WIDTH + c[:, None], mask=inside, other=0)
-    if BITS == 16:
-        return codes, codes
+def spread(x, COUNT: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, TURNED: tl.constexpr):
+    """What belongs to groups, [ROWS, COUNT], once for each of the SPAN columns of a group; all of it turned or not."""
+    if TURNED:
+        return tl.reshape(tl.broadcast_to(x[:, None, :], (COUNT, SPAN, ROWS)), (COUNT * SPAN, ROWS))
     else:
-        SPAN: tl.constexpr = (32 if C >= 32 else C) if BITS == 8 else 16
-        GROUPS: tl.constexpr = C // SPAN
-        g = tl.arange(0, GROUPS)
-        kept = held[None, :] & (g * 32 < D)[:, None]
-        own = grid + at[None, :] * (WIDTH // 2)
-        if BITS == 8:
-            scale = tl.load(own + D // 2 + g[:, None], mask=kept, other=0.0).to(tl.float32)
-            scales = tl.reshape(tl.broadcast_to(scale[:, None, :], (GROUPS, SPAN, BLOCK_N)), (C, BLOCK_N))
-            keys = (codes.to(tl.float32) * scales).to(tl.float16)
-            return keys, keys
-        else:
-            scale = tl.load(own + D // 4 + 2 * g[:, None], mask=kept, other=0.0).to(tl.float32)
-            offset = tl.load(own + D // 4 + 2 * g[:, None] + 1, mask=kept, other=0.0).to(tl.float32)
-            scales = tl.reshape(tl.broadcast_to(scale[:, None, :], (GROUPS, SPAN, BLOCK_N)), (C, BLOCK_N))
-            offsets = tl.reshape(tl.broadcast_to(offset[:, None, :], (GROUPS, SPAN, BLOCK_N)), (C, BLOCK_N))
-            even = ((codes & 15).to(tl.float32) * scales + offsets).to(tl.float16)
-            odd = ((codes >> 4).to(tl.float32) * scales + offsets).to(tl.float16)
-            return even, odd
+        return tl.reshape(tl.broadcast_to(x[:, :, None], (ROWS, COUNT, SPAN)), (ROWS, COUNT * SPAN))
 
 
 @triton.jit
-def load_values(
-    cache, grid, at, held, D, WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr
+def load_rows(
+    cache,
+    grid,
+    at,
+    held,
+    D,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TURNED: tl.constexpr,
 ):
-    """The same as rows: [BLOCK_N, BLOCK_D], or under 4 bits its even and its odd columns."""
-    C: tl.constexpr = BLOCK_D // 2 if BITS == 4 else BLOCK_D
-    c = tl.arange(0, C)
-    inside = held[:, None] & (c < (D // 2 if BITS == 4 else D))[None, :]
-    codes = tl.load(cache + at[:, None] * WIDTH + c[None, :], mask=inside, other=0)
+    """Rows at [BLOCK_N], those `held`: [BLOCK_N, BLOCK_D], or under 4 bits their even and their odd columns. TURNED
+    gives them as columns: [BLOCK_D, BLOCK_N]."""
+    COLUMNS: tl.constexpr = BLOCK_D // 2 if BITS == 4 else BLOCK_D
+    ACROSS: tl.constexpr = 1 if TURNED else 0
+    row = tl.expand_dims(at, 1 - ACROSS)
+    there = tl.expand_dims(held, 1 - ACROSS)
+    c = tl.arange(0, COLUMNS)
+    kept = there & tl.expand_dims(c < (D // 2 if BITS == 4 else D), ACROSS)
+    codes = tl.load(cache + row * WIDTH + tl.expand_dims(c, ACROSS), mask=kept, other=0)
     if BITS == 16:
         return codes, codes
     else:
-        SPAN: tl.constexpr = (32 if C >= 32 else C) if BITS == 8 else 16
-        GROUPS: tl.constexpr = C // SPAN
-        g = tl.arange(0, GROUPS)
-        kept = held[:, None] & (g * 32 < D)[None, :]
-        own = grid + at[:, None] * (WIDTH // 2)
+        # Codes of a group that lie beside each other here.
+        GROUP: tl.constexpr = 32 if BITS == 8 else 16
+        SPAN: tl.constexpr = GROUP if COLUMNS >= GROUP else COLUMNS
+        COUNT: tl.constexpr = COLUMNS // SPAN
+        g = tl.arange(0, COUNT)
+        kept = there & tl.expand_dims(g * 32 < D, ACROSS)
         if BITS == 8:
-            scale = tl.load(own + D // 2 + g[None, :], mask=kept, other=0.0).to(tl.float32)
-            scales = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, GROUPS, SPAN)), (BLOCK_N, C))
-            values = (codes.to(tl.float32) * scales).to(tl.float16)
-            return values, values
+            own = grid + row * (WIDTH // 2) + D // 2 + tl.expand_dims(g, ACROSS)
+            scale = tl.load(own, mask=kept, other=0.0).to(tl.float32)
+            x = (codes.to(tl.float32) * spread(scale, COUNT, SPAN, BLOCK_N, TURNED)).to(tl.float16)
+            return x, x
         else:
-            scale = tl.load(own + D // 4 + 2 * g[None, :], mask=kept, other=0.0).to(tl.float32)
-            offset = tl.load(own + D // 4 + 2 * g[None, :] + 1, mask=kept, other=0.0).to(tl.float32)
-            scales = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, GROUPS, SPAN)), (BLOCK_N, C))
-            offsets = tl.reshape(tl.broadcast_to(offset[:, :, None], (BLOCK_N, GROUPS, SPAN)), (BLOCK_N, C))
+            own = grid + row * (WIDTH // 2) + D // 4 + 2 * tl.expand_dims(g, ACROSS)
+            scale = tl.load(own, mask=kept, other=0.0).to(tl.float32)
+            offset = tl.load(own + 1, mask=kept, other=0.0).to(tl.float32)
+            scales = spread(scale, COUNT, SPAN, BLOCK_N, TURNED)
+            offsets = spread(offset, COUNT, SPAN, BLOCK_N, TURNED)
             even = ((codes & 15).to(tl.float32) * scales + offsets).to(tl.float16)
             odd = ((codes >> 4).to(tl.float32) * scales + offsets).to(tl.float16)
             return even, odd
