@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention_cache.h"
 #include "isa.h"
 #include "ops.h"
 #include "pool.h"
@@ -19,40 +20,11 @@ namespace dibit {
 namespace {
 
 constexpr int64_t kRowTile = 48;    // rows of fp32 sums beside a key and a value tile stay in a 256 KB L2
-constexpr int64_t kKeyRange = 256;  // a unit of work for one thread at batch 1, 8 key tiles
-static_assert(kKeyRange % kKeyTile == 0, "a key tile must not straddle two ranges");
 
 // Multiply-adds below which the caller does all the work itself: a few microseconds, as long as a wake-up.
 constexpr int64_t kInlineWork = 1 << 17;
 
 enum Status { kOk = 0, kBadCuSeqlens = 1, kBadSeqLen = 2, kBadBlock = 3 };
-
-struct Problem {
-  float* out;
-  const float* q;
-  const void *k_cache, *v_cache;
-  const int32_t *cu_seqlens, *seq_lens, *block_tables;
-  int64_t tokens, sequences, table_stride, table_width;
-  int64_t heads, kv_heads, d, blocks, block_size;
-  Real key_real, value_real;
-  float scale;
-
-  int64_t group() const { return heads / kv_heads; }
-  int64_t width() const { return (d + kLaneFloats - 1) / kLaneFloats * kLaneFloats; }
-  int64_t key_bytes() const { return row_bytes(key_real, d); }
-  int64_t value_bytes() const { return row_bytes(value_real, d); }
-  bool floats() const { return key_real == Real::f32 && value_real == Real::f32; }
-  static constexpr int64_t kLaneFloats = 8;
-};
-
-// Rows [first_row, first_row + rows) of one sequence and kv head. Row r is head r % group of token r / group.
-struct RowTile {
-  int64_t sequence, kv_head, first_row, rows;
-  int64_t keys;  // seen by the tile's last row
-
-  int64_t ranges() const { return (keys + kKeyRange - 1) / kKeyRange; }
-  int64_t work() const { return keys * rows; }
-};
 
 // One thread's unit: a whole tile (range < 0), or one key range of a tile that several threads share.
 struct Item {
@@ -113,15 +85,8 @@ class Step {
     for (const RowTile& tile : tiles_) work += tile.work();
     const int64_t threads = work * p_.width() * 2 < kInlineWork ? 1 : thread_count();
     plan_items(threads, work);
-    if (threads == 1) {
-      for (const Item& item : items_) run_item(item);
-      return;
-    }
-    std::atomic<int64_t> next{0};
-    const int64_t count = static_cast<int64_t>(items_.size());
-    parallel_for(threads, 1, [&](int64_t, int64_t) {
-      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) run_item(items_[i]);
-    });
+    if (threads == 1) return run_items();
+    parallel_for(threads, 1, [&](int64_t, int64_t) { run_items(); });
   }
 
  private:
@@ -182,16 +147,67 @@ class Step {
     return s;
   }
 
-  void run_item(const Item& item) {
+  // What one thread works on and will work on next. Blocks lie anywhere, so the hardware's prefetcher loses the stream
+  // at each one's end: rows are found one tile of keys ahead, and fetched during the work on the tile before.
+  struct Ahead {
+    KeyRows rows[2];
+    int turn = 0;        // whose rows are those of the tile at hand
+    bool found = false;  // they have been found already
+    const Item* item;
+    const Item* next_item = nullptr;
+  };
+
+  // The next item of nobody; null when there is none.
+  const Item* take() {
+    const int64_t i = taken_.fetch_add(1, std::memory_order_relaxed);
+    return i < static_cast<int64_t>(items_.size()) ? &items_[i] : nullptr;
+  }
+
+  void run_items() {
+    Ahead ahead;
+    for (ahead.item = take(); ahead.item != nullptr;) {
+      run_item(*ahead.item, &ahead);
+      ahead.item = ahead.next_item;
+    }
+  }
+
+  int64_t first_key(const Item& item) const { return std::max<int64_t>(0, item.range) * kKeyRange; }
+  int64_t last_key(const Item& item) const {
+    const int64_t keys = tiles_[item.tile].keys;
+    return item.range < 0 ? keys : std::min(keys, (item.range + 1) * kKeyRange);
+  }
+
+  // The rows of the keys from `begin` on, and those that come after them. The next item is taken with the last tile of
+  // the one at hand, no earlier: another thread may be out of work before.
+  const KeyRows& rows_at(int64_t begin, Ahead* ahead) {
+    const Item& item = *ahead->item;
+    KeyRows *now = &ahead->rows[ahead->turn], *next = &ahead->rows[ahead->turn ^= 1];
+    if (!ahead->found) find_rows_of(item, begin, now);
+    ahead->found = true;
+    if (begin + kKeyTile < last_key(item)) {
+      find_rows_of(item, begin + kKeyTile, next);
+    } else {
+      ahead->next_item = take();
+      if (ahead->next_item != nullptr) find_rows_of(*ahead->next_item, first_key(*ahead->next_item), next);
+      else next->count = 0;
+    }
+    return *now;
+  }
+
+  void find_rows_of(const Item& item, int64_t begin, KeyRows* rows) const {
+    find_rows(p_, tiles_[item.tile], begin, std::min<int64_t>(kKeyTile, last_key(item) - begin), rows);
+  }
+
+  void run_item(const Item& item, Ahead* ahead) {
     const RowTile& tile = tiles_[item.tile];
     const Scratch s = scratch(tile);
     const int64_t states = States::floats(tile.rows, p_.width());
     load_rows(tile, s);
     if (item.range < 0) {
       const States done(s.states, tile.rows), fresh(s.states + states, tile.rows);
-      walk_range(tile, 0, s, done);
+      walk_range(tile, 0, s, done, ahead);
       for (int64_t r = 1; r < tile.ranges(); ++r) {
-        walk_range(tile, r, s, fresh);
+        walk_range(tile, r, s, fresh, ahead);
         merge(tile, r, s, done, fresh);
       }
       finish(tile, done);
@@ -199,7 +215,7 @@ class Step {
     }
     Shared& shared = shared_[item.tile];
     float* first = shared_states_ + shared.first_state;
-    walk_range(tile, item.range, s, States(first + item.range * states, tile.rows));
+    walk_range(tile, item.range, s, States(first + item.range * states, tile.rows), ahead);
     // Whoever finishes last merges, in the order of the ranges.
     if (shared.pending.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     const States done(first, tile.rows);
@@ -229,7 +245,7 @@ class Step {
     bodies_.transpose(s.q, n, rows, width, static_cast<int>(n), static_cast<int>(width));
   }
 
-  void walk_range(const RowTile& tile, int64_t range, const Scratch& s, States states) const {
+  void walk_range(const RowTile& tile, int64_t range, const Scratch& s, States states, Ahead* ahead) {
     const int64_t width = p_.width(), n = padded(tile.rows);
     states.clear(tile.rows, width);
     if (s.lanes) std::fill(s.acc, s.acc + n * width, 0.0f);
@@ -239,46 +255,34 @@ class Step {
       const int64_t rows = s.lanes ? n : tile.rows;
       for (int64_t r = 0; r < rows; ++r)
         s.visible[r] = static_cast<int32_t>(std::clamp<int64_t>(s.position[r] + 1 - key, 0, count));
+      const KeyRows& found = rows_at(key, ahead);
       if (s.lanes)
-        attend_lanes(tile, key, count, s, states);
+        attend_lanes(tile, found, s, states);
       else
-        attend_rows(tile, key, count, s, states);
+        attend_rows(tile, found, s, states, &ahead->rows[ahead->turn]);
     }
     if (s.lanes) turn_back(tile, s, states);
   }
 
-  void attend_rows(const RowTile& tile, int64_t begin, int64_t count, const Scratch& s, const States& states) const {
+  void attend_rows(const RowTile& tile, const KeyRows& found, const Scratch& s, const States& states,
+                   const KeyRows* next) const {
     const int64_t width = p_.width();
     const bool in_place = width == p_.d && (p_.floats() || tile.rows <= bodies_.register_rows);
     const void *keys[kKeyTile], *values[kKeyTile];
-    for (int64_t j = 0; j < count;) {
-      const Run run = run_of(tile, begin + j, count - j);
-      const char *k = run.keys, *v = run.values;
-      int64_t key_stride = p_.key_bytes(), value_stride = p_.value_bytes();
-      if (!in_place) {
-        float* wide = s.rows + j * width;
-        widen(run, wide);
-        k = reinterpret_cast<const char*>(wide);
-        v = reinterpret_cast<const char*>(wide + kKeyTile * width);
-        key_stride = value_stride = width * sizeof(float);
-      }
-      for (int64_t i = 0; i < run.count; ++i, ++j) keys[j] = k + i * key_stride, values[j] = v + i * value_stride;
+    if (!in_place) widen(found, s.rows);
+    for (int64_t j = 0; j < kKeyTile && !in_place; ++j) {
+      keys[j] = s.rows + (j < found.count ? j : 0) * width;
+      values[j] = s.rows + (kKeyTile + (j < found.count ? j : 0)) * width;
     }
-    for (int64_t j = count; j < kKeyTile; ++j) keys[j] = keys[0], values[j] = values[0];
-    const int64_t ahead = begin + kKeyTile;
-    if (ahead < tile.keys) fetch(tile, ahead, std::min<int64_t>(kKeyTile, tile.keys - ahead));
     const Real key_real = in_place ? p_.key_real : Real::f32, value_real = in_place ? p_.value_real : Real::f32;
-    bodies_.attend({keys, values, key_real, value_real, s.visible, static_cast<int>(tile.rows),
-                    static_cast<int>(width), s.q, s.score, s.factor, states.peak, states.total, states.acc});
+    bodies_.attend({in_place ? found.keys : keys, in_place ? found.values : values, key_real, value_real, s.visible,
+                    static_cast<int>(tile.rows), static_cast<int>(width), s.q, s.score, s.factor, states.peak,
+                    states.total, states.acc, next});
   }
 
-  void attend_lanes(const RowTile& tile, int64_t begin, int64_t count, const Scratch& s, const States& states) const {
+  void attend_lanes(const RowTile& tile, const KeyRows& found, const Scratch& s, const States& states) const {
     const int64_t width = p_.width();
-    for (int64_t j = 0; j < count;) {
-      const Run run = run_of(tile, begin + j, count - j);
-      widen(run, s.rows + j * width);
-      j += run.count;
-    }
+    widen(found, s.rows);
     bodies_.attend_lanes({s.rows, s.rows + kKeyTile * width, s.visible, static_cast<int>(padded(tile.rows)),
                           static_cast<int>(width), s.q, s.score, s.factor, states.peak, states.total, s.acc});
   }
@@ -291,36 +295,19 @@ class Step {
       for (int64_t i = 0; i < width; ++i) states.acc[r * width + i] = s.acc[i * n + r];
   }
 
-  // The run of cache rows from `key` on that lie together, at most `most`, and where they start.
-  struct Run {
-    const char *keys, *values;
-    int64_t count;
-  };
-
-  Run run_of(const RowTile& tile, int64_t key, int64_t most) const {
-    const int32_t* table = p_.block_tables + tile.sequence * p_.table_stride;
-    const int64_t block = key / p_.block_size, within = key % p_.block_size;
-    const int64_t row = (table[block] * p_.kv_heads + tile.kv_head) * p_.block_size + within;
-    return {static_cast<const char*>(p_.k_cache) + row * p_.key_bytes(),
-            static_cast<const char*>(p_.v_cache) + row * p_.value_bytes(), std::min(most, p_.block_size - within)};
-  }
-
-  // The run's keys as floats from `wide` on, its values kKeyTile rows further.
-  void widen(const Run& run, float* wide) const {
+  // A tile's keys as floats from `wide` on, its values kKeyTile rows further. Rows that lie together go together.
+  void widen(const KeyRows& rows, float* wide) const {
     const int d = static_cast<int>(p_.d), width = static_cast<int>(p_.width());
-    bodies_.widen(wide, run.keys, p_.key_real, run.count, d, width);
-    bodies_.widen(wide + kKeyTile * width, run.values, p_.value_real, run.count, d, width);
+    for (int j = 0, count; j < rows.count; j += count) {
+      for (count = 1; j + count < rows.count && follows(rows, j + count);) ++count;
+      bodies_.widen(wide + j * width, rows.keys[j], p_.key_real, count, d, width);
+      bodies_.widen(wide + (kKeyTile + j) * width, rows.values[j], p_.value_real, count, d, width);
+    }
   }
 
-  // Blocks lie anywhere, so the hardware's prefetcher loses the stream at each one's end.
-  void fetch(const RowTile& tile, int64_t begin, int64_t count) const {
-    for (int64_t j = 0; j < count;) {
-      const Run run = run_of(tile, begin + j, count - j);
-      for (int64_t byte = 0; byte < run.count * p_.key_bytes(); byte += 64) __builtin_prefetch(run.keys + byte, 0, 2);
-      for (int64_t byte = 0; byte < run.count * p_.value_bytes(); byte += 64)
-        __builtin_prefetch(run.values + byte, 0, 2);
-      j += run.count;
-    }
+  static bool follows(const KeyRows& rows, int j) {
+    return static_cast<const char*>(rows.keys[j - 1]) + rows.key_bytes == rows.keys[j] &&
+           static_cast<const char*>(rows.values[j - 1]) + rows.value_bytes == rows.values[j];
   }
 
   void merge(const RowTile& tile, int64_t range, const Scratch& s, const States& done, const States& next) const {
@@ -340,6 +327,7 @@ class Step {
   const VecBodies& bodies_;
   std::vector<RowTile> tiles_;
   std::vector<Item> items_;
+  std::atomic<int64_t> taken_{0};
   std::unique_ptr<Shared[]> shared_;
   float* shared_states_ = nullptr;
 };

@@ -123,11 +123,27 @@ DIBIT_INLINE int most_visible(const int32_t* visible, int rows) {
   return most;
 }
 
+DIBIT_INLINE void fetch_row(const void* row, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i, 0, 2);
+}
+
+// Rows [from, to) of the next tile. All of them at once would wait for each other, and the work at hand for them.
+DIBIT_INLINE void fetch(const KeyRows* next, int from, int to) {
+  if (next == nullptr) return;
+  for (int j = from; j < to && j < next->count; ++j) {
+    fetch_row(next->keys[j], next->key_bytes);
+    fetch_row(next->values[j], next->value_bytes);
+  }
+}
+
 template <int R, Real kReal>
 DIBIT_INLINE void score_rows(const KeyTile& t, int row) {
   const int most = most_visible(t.visible + row, R);
-  for (int j = 0; j < most; j += kLanes)
+  for (int j = 0; j < most; j += kLanes) {
+    if (row == 0) fetch(t.next, j, j + kLanes);
     dot_tile<R, kReal>(t.score + row * kKeyTile + j, t.q + row * t.width, t.keys + j, t.width);
+  }
+  if (row == 0) fetch(t.next, (most + kLanes - 1) / kLanes * kLanes, kKeyTile);
 }
 
 template <int R, Real kReal>

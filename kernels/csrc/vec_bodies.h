@@ -23,6 +23,12 @@ inline constexpr int kKeyTile = 32;     // keys that one online-softmax update t
 inline constexpr float kNoPeak = -3.40282347e38f;  // running maximum before the first key; finite, so that -inf scores
                                                    // weigh 0 instead of making NaN
 
+// Where the rows of a tile of keys lie in the cache, and how long they are.
+struct KeyRows {
+  const void *keys[kKeyTile], *values[kKeyTile];
+  int count, key_bytes, value_bytes;
+};
+
 // One tile of keys against some query rows; each row's state (peak, total, acc) is updated in place.
 // A row's arithmetic depends on its own query and the keys it sees only, never on the other rows or on `rows`.
 struct KeyTile {
@@ -38,6 +44,7 @@ struct KeyTile {
   float* peak;                 // [rows] running maximum of the scores
   float* total;                // [rows] sum of exp(score - peak)
   float* acc;                  // [rows, width] the same sum weighted by the values
+  const KeyRows* next;         // fetched into the cache meanwhile; may be null
 };
 
 // The same for many rows, transposed so that a row is a lane.
