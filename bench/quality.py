@@ -21,7 +21,9 @@ from dibit.server.output import write_json
 # Rates for little text: Block-AP's defaults are those of thousands of sequences.
 RATES = "-O weight_rate=0.012 -O scale_rate=0.005 -O zero_rate=0.01"
 BLOCK_AP = f"--method block-ap -O start=rtn -O steps=45 {RATES}"
+BLOCK_AP_LONG = f"--method block-ap -O start=rtn -O steps=96 {RATES}"
 TUNED = "--samples 256 --sequence-length 512 --steps 56"
+TUNED_LONG = "--samples 448 --sequence-length 512 --steps 112"
 # Of quantize_report.json.
 KEPT = (
     "method",
@@ -63,6 +65,12 @@ WAYS = {
         source="bap",
         tune=f"--objective ce {TUNED} -O norm_rate=0",
     ),
+    "baplong": Way("Block-AP, twice the steps on four times the text", f"{BLOCK_AP_LONG} --samples 256"),
+    "eqatlong": Way(
+        "EfficientQAT, twice the steps on four times the text",
+        source="baplong",
+        tune=f"--objective ce {TUNED_LONG} -O norm_rate=0",
+    ),
     "fast": Way("`--recipe fast`", "--recipe fast --samples 64"),
     "fastfrac": Way("`--recipe fast --zero-grid fractional`", "--recipe fast --zero-grid fractional --samples 64"),
     "tuned": Way("`--recipe fast`, then `dibit finetune`", source="fast", tune=f"--objective kl {TUNED}"),
@@ -77,6 +85,11 @@ WAYS = {
         tune=f"--objective ce {TUNED} -O norm_rate=0",
     ),
     "recipe": Way("`--recipe best --zero-grid fractional`", "--recipe best --zero-grid fractional"),
+    "recipece": Way(
+        "`--recipe best --zero-grid fractional`, then `dibit finetune --objective ce` (56 steps)",
+        source="recipe",
+        tune=f"--objective ce {TUNED} -O norm_rate=0",
+    ),
     "smooth": Way("RTN with SmoothQuant's scales", "--method smoothquant --samples 32"),
 }
 LEARNED = ("omni", "affine", "bap", "eqat", "fastfrac", "best")
@@ -96,7 +109,12 @@ class Table:
 ALL = ("rtn", "gptq", "awq", "omni", "affine", "bap", "eqat", "fast", "fastfrac", "best")
 ROUNDED = ("smooth", "omni", "affine")
 TABLES = (
-    Table("2", "2 bits, groups of 64", "--bits 2 --group-size 64", (*ALL, "bestce", "recipe")),
+    Table(
+        "2",
+        "2 bits, groups of 64",
+        "--bits 2 --group-size 64",
+        (*ALL, "bestce", "recipe", "baplong", "eqatlong", "recipece"),
+    ),
     Table("2-seed1", "2 bits, groups of 64, second seed", "--bits 2 --group-size 64", LEARNED, seed=1),
     Table(
         "3",
