@@ -21,17 +21,15 @@ namespace dibit {
 namespace {
 
 constexpr int kTile = 16;
-// Panels that share the activations of a tile.
-constexpr int kPair = 2;
 // Blocks whose sums are made while those of as many before are scaled.
 constexpr int kSub = 4;
-// Columns unpacked at a time, of two panels: with activations and sums they stay in L1.
+// Columns unpacked at a time: with activations and sums they stay in L1.
 constexpr int64_t kColumns = 512;
 // With fewer tokens the vector units alone are as fast.
 constexpr int64_t kLeastTokens = 16;
 
-// Sums and codes of two panels; tokens, and sums, of 16 and of the last few.
-enum Tiles { kTokens = 0, kLastTokens = 1, kCodes = 2, kSums = 4, kLastSums = 6 };
+// Tokens, and sums, of 16 and of the last few; the codes of a block.
+enum Tiles { kTokens, kLastTokens, kCodes, kSums, kLastSums };
 
 // Tiles of this thread for blocks of `block` columns and `last` tokens beyond a multiple of 16.
 class Configured {
@@ -39,11 +37,9 @@ class Configured {
   Configured(int block, int last) {
     set(kTokens, kTile, block);
     if (last != 0) set(kLastTokens, last, block);
-    for (int i = 0; i < kPair; ++i) {
-      set(kCodes + i, block / 4, kCell);
-      set(kSums + i, kTile, kCell);
-      if (last != 0) set(kLastSums + i, last, kCell);
-    }
+    set(kCodes, block / 4, kCell);
+    set(kSums, kTile, kCell);
+    if (last != 0) set(kLastSums, last, kCell);
     __asm__ volatile("ldtilecfg %0" ::"m"(config_));
   }
   // Tiles in use are 8 KB more to save with every switch of threads.
@@ -71,18 +67,6 @@ DIBIT_INLINE void load_tile(const void* from, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
 }
 
-// dots[token][row] of one block and panel, v its cells, the tokens in a tile already.
-template <bool CENTERED, int SUMS, int TOKENS, int CODES>
-DIBIT_INLINE void product(const uint8_t* v, Dots& dots) {
-  load_tile<CODES>(v, kCell);
-  __asm__ volatile("tilezero %%tmm%c0" ::"i"(SUMS));
-  if constexpr (CENTERED)
-    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(TOKENS), "i"(CODES));
-  else
-    __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(TOKENS), "i"(CODES));
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(&dots), "r"(int64_t{kCell}), "i"(SUMS) : "memory");
-}
-
 // Activations of some tokens from one block on.
 struct Tokens {
   const int8_t* codes;
@@ -101,21 +85,26 @@ struct Chunk {
   ChunkMeta meta;
 };
 
-template <int P, int BLOCK, bool CENTERED, int TOKENS, int SUMS>
-DIBIT_INLINE void multiply(const Chunk* chunks, const Span& span, const Tokens& x, Dots (*dots)[kPair]) {
+// dots[block][token][row] of a span.
+template <int BLOCK, bool CENTERED, int TOKENS, int SUMS>
+DIBIT_INLINE void multiply(const Chunk& chunk, const Span& span, const Tokens& x, Dots* dots) {
   for (int64_t b = 0; b < span.count; ++b) {
     const int64_t block = span.first + b;
     load_tile<TOKENS>(x.codes + block * BLOCK, x.stride);
-    product<CENTERED, SUMS, TOKENS, kCodes>(chunks[0].cells + block * BLOCK * kRows, dots[b][0]);
-    if (P == kPair)
-      product<CENTERED, SUMS + 1, TOKENS, kCodes + 1>(chunks[P - 1].cells + block * BLOCK * kRows, dots[b][P - 1]);
+    load_tile<kCodes>(chunk.cells + block * BLOCK * kRows, kCell);
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(SUMS));
+    if constexpr (CENTERED)
+      __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(TOKENS), "i"(kCodes));
+    else
+      __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(TOKENS), "i"(kCodes));
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(&dots[b]), "r"(int64_t{kCell}), "i"(SUMS) : "memory");
   }
 }
 
-// Scales blocks of T tokens of a panel, from `token` on, and adds them to their sums.
+// Scales a span's sums of T tokens, from `token` on, and adds them up.
 template <int T, bool CENTERED>
-DIBIT_INLINE void add(const Dots (*dots)[kPair], int panel, int token, const ChunkMeta& meta, const Span& span,
-                      const Tokens& x, float (*sums)[kRows]) {
+DIBIT_INLINE void add(const Dots* dots, int token, const ChunkMeta& meta, const Span& span, const Tokens& x,
+                      float (*sums)[kRows]) {
   __m512 sum[T];
   for (int t = 0; t < T; ++t) sum[t] = _mm512_load_ps(sums[token + t]);
   for (int64_t b = 0; b < span.count; ++b) {
@@ -123,7 +112,7 @@ DIBIT_INLINE void add(const Dots (*dots)[kPair], int panel, int token, const Chu
     const __m512 scale = _mm512_load_ps(meta.scales[span.first + b]);
     for (int t = 0; t < T; ++t) {
       const int64_t at = (token + t) * x.block_stride + span.first + b;
-      const __m512i own = _mm512_load_si512(dots[b][panel][token + t]);
+      const __m512i own = _mm512_load_si512(dots[b][token + t]);
       if constexpr (CENTERED) sum[t] = scaled(sum[t], _mm512_cvtepi32_ps(own), scale, x.scales[at]);
       else sum[t] = accumulate(sum[t], own, zero, scale, x.scales[at], x.sums[at]);
     }
@@ -132,66 +121,58 @@ DIBIT_INLINE void add(const Dots (*dots)[kPair], int panel, int token, const Chu
 }
 
 template <bool CENTERED>
-DIBIT_INLINE void add_all(const Dots (*dots)[kPair], int panel, int tokens, const ChunkMeta& meta, const Span& span,
-                          const Tokens& x, float (*sums)[kRows]) {
-  if (tokens == kTile) return add<kTile, CENTERED>(dots, panel, 0, meta, span, x, sums);
+DIBIT_INLINE void add_all(const Dots* dots, int tokens, const ChunkMeta& meta, const Span& span, const Tokens& x,
+                          float (*sums)[kRows]) {
+  if (tokens == kTile) return add<kTile, CENTERED>(dots, 0, meta, span, x, sums);
   int t = 0;
-  if (tokens - t >= 8) add<8, CENTERED>(dots, panel, t, meta, span, x, sums), t += 8;
-  if (tokens - t >= 4) add<4, CENTERED>(dots, panel, t, meta, span, x, sums), t += 4;
-  if (tokens - t >= 2) add<2, CENTERED>(dots, panel, t, meta, span, x, sums), t += 2;
-  if (tokens - t >= 1) add<1, CENTERED>(dots, panel, t, meta, span, x, sums);
+  if (tokens - t >= 8) add<8, CENTERED>(dots, t, meta, span, x, sums), t += 8;
+  if (tokens - t >= 4) add<4, CENTERED>(dots, t, meta, span, x, sums), t += 4;
+  if (tokens - t >= 2) add<2, CENTERED>(dots, t, meta, span, x, sums), t += 2;
+  if (tokens - t >= 1) add<1, CENTERED>(dots, t, meta, span, x, sums);
 }
 
-using Sums = float[kMaxTokens][kRows];
-
-// Adds `blocks` blocks of 16 tokens, or of the `tokens` last ones, to their sums, those from `t` on.
-template <int P, int BLOCK, bool CENTERED, bool LAST>
-DIBIT_INLINE void tile(const Chunk* chunks, int64_t blocks, const Tokens& x, int tokens, int64_t t, Sums* sums) {
-  alignas(64) Dots dots[2][kSub][kPair];
+// Adds `blocks` blocks of 16 tokens, or of the `tokens` last ones, to their sums.
+template <int BLOCK, bool CENTERED, bool LAST>
+DIBIT_INLINE void tile(const Chunk& chunk, int64_t blocks, const Tokens& x, int tokens, float (*sums)[kRows]) {
+  alignas(64) Dots dots[2][kSub];
   auto span = [&](int64_t first) { return Span{first, std::min<int64_t>(kSub, blocks - first)}; };
   auto begin = [&](int64_t first, int64_t turn) {
-    multiply<P, BLOCK, CENTERED, LAST ? kLastTokens : kTokens, LAST ? kLastSums : kSums>(chunks, span(first), x,
-                                                                                          dots[turn]);
+    multiply<BLOCK, CENTERED, LAST ? kLastTokens : kTokens, LAST ? kLastSums : kSums>(chunk, span(first), x,
+                                                                                       dots[turn]);
   };
   begin(0, 0);
   for (int64_t first = 0, turn = 0; first < blocks; first += kSub, turn ^= 1) {
     if (first + kSub < blocks) begin(first + kSub, turn ^ 1);
-    for (int p = 0; p < P; ++p)
-      add_all<CENTERED>(dots[turn], p, LAST ? tokens : kTile, chunks[p].meta, span(first), x, sums[p] + t);
+    add_all<CENTERED>(dots[turn], LAST ? tokens : kTile, chunk.meta, span(first), x, sums);
   }
 }
 
-// P panels from `panel` on.
-template <int P, int BITS, int BLOCK, bool CENTERED>
-void panels(const QWeight& w, const Activations& a, int64_t m, const float* bias, float* y, int64_t panel) {
-  alignas(64) uint8_t unpacked[P][kColumns / 4 * kCell];
-  alignas(64) Sums sums[P];
-  Chunk chunks[P];
-  for (int p = 0; p < P; ++p) std::memset(sums[p], 0, sizeof sums[p][0] * static_cast<size_t>(m));
+template <int BITS, int BLOCK, bool CENTERED>
+void gemm_panel(const QWeight& w, const Activations& a, int64_t m, const float* bias, float* y, int64_t panel) {
+  alignas(64) uint8_t unpacked[kColumns / 4 * kCell];
+  alignas(64) float sums[kMaxTokens][kRows];
+  Chunk chunk;
+  std::memset(sums, 0, sizeof sums[0] * static_cast<size_t>(m));
   for (int64_t first = 0; first < w.padded; first += kColumns) {
     const int64_t columns = std::min(kColumns, w.padded - first);
     const int64_t block = first / BLOCK, blocks = columns / BLOCK;
-    for (int p = 0; p < P; ++p) {
-      chunks[p].cells = unpack_chunk<BITS, BLOCK, CENTERED>(w, panel + p, first, columns, unpacked[p]);
-      load_chunk_meta(w, panel + p, block, blocks, chunks[p].meta);
-    }
+    chunk.cells = unpack_chunk<BITS, BLOCK, CENTERED>(w, panel, first, columns, unpacked);
+    load_chunk_meta(w, panel, block, blocks, chunk.meta);
     for (int64_t t = 0; t < m; t += kTile) {
       const Tokens x{a.codes + t * w.padded + first, a.scales + t * w.blocks + block, a.sums + t * w.blocks + block,
                      w.padded, w.blocks};
-      if (m - t >= kTile) tile<P, BLOCK, CENTERED, false>(chunks, blocks, x, kTile, t, sums);
-      else tile<P, BLOCK, CENTERED, true>(chunks, blocks, x, static_cast<int>(m - t), t, sums);
+      if (m - t >= kTile) tile<BLOCK, CENTERED, false>(chunk, blocks, x, kTile, sums + t);
+      else tile<BLOCK, CENTERED, true>(chunk, blocks, x, static_cast<int>(m - t), sums + t);
     }
   }
-  for (int p = 0; p < P; ++p)
-    for (int64_t t = 0; t < m; ++t) store_panel(w, panel + p, sums[p][t], bias, y + t * w.n);
+  for (int64_t t = 0; t < m; ++t) store_panel(w, panel, sums[t], bias, y + t * w.n);
 }
 
 template <int BITS, int BLOCK, bool CENTERED>
 void gemm_panels(const QWeight& w, const Activations& a, int64_t m, const float* bias, float* y, int64_t begin,
                  int64_t end) {
   const Configured tiles(BLOCK, static_cast<int>(m % kTile));
-  for (; begin + kPair <= end; begin += kPair) panels<kPair, BITS, BLOCK, CENTERED>(w, a, m, bias, y, begin);
-  if (begin < end) panels<1, BITS, BLOCK, CENTERED>(w, a, m, bias, y, begin);
+  for (; begin < end; ++begin) gemm_panel<BITS, BLOCK, CENTERED>(w, a, m, bias, y, begin);
 }
 
 template <int BITS, int BLOCK>
