@@ -55,7 +55,7 @@ def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
     from dibit.engine.runner import set_threads
 
     sizes = guessing.sizes
-    free -= activation_bytes(sizes, config, max_model_len=sizes.max_positions)
+    free -= activation_bytes(sizes, config, max_model_len=sizes.max_positions, gpu=not on_cpu)
     block = CacheSize.of(sizes, config, quantized=guessing.quantized, num_blocks=0, max_model_len=0).block_bytes
     runner = ModelRunner(decoder, config, free_bytes=free, draft_block_bytes=block)
     drafter = DraftModel(

@@ -43,7 +43,8 @@ class EngineConfig:
     gptq_zero         how a GPTQ checkpoint stores its zero points: v1 (minus one), v2, or "auto" to decide
     threads           compute threads (None: every core this process may use)
     prefix_cache      reuse the KV blocks of a shared prompt prefix
-    tape              replay decode steps as recorded lists of native calls, where every op of the model is native
+    tape              replay decode steps: as recorded lists of native calls where every op of the model is native, on a
+                      GPU as CUDA graphs
     speculative       guess tokens ahead and verify several in one step, where measured to pay: "ngram" proposes what
                       followed the last tokens earlier in the same text, "draft" what a smaller model (draft_model)
                       says; under low-bit weights tokens are those of "off", but for "draft" without a seed, where

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 LOGIT_BYTES = 64 << 20
 """Most that the logits of one pass through the head may take; more rows go in slices."""
 
+SPLIT_KEYS, SPLIT_ROWS = 512, 64
+"""Of attention on a GPU: up to so many rows sum so many keys at a time, apart (kernels/triton/attention.py)."""
+
 PANEL_ROWS = 16
 CGROUP = Path("/sys/fs/cgroup")
 _GB = 1e9
@@ -209,11 +212,23 @@ def _block_bytes(sizes: Sizes, config: EngineConfig, stored: Stored) -> int:
         raise ConfigError(f"kv_type is {config.kv_type!r}: {error}") from error
 
 
-def activation_bytes(sizes: Sizes, config: EngineConfig, *, max_model_len: int) -> int:
-    """Working memory of the largest step: hidden states in float32, logits with the sampler's copies, rope tables."""
-    per_token = 4 * (6 * sizes.hidden + 2 * sizes.q_width + 2 * sizes.kv_width + 3 * sizes.intermediate)
+def activation_bytes(sizes: Sizes, config: EngineConfig, *, max_model_len: int, gpu: bool = False) -> int:
+    """Working memory of the largest step: hidden states in float32, logits with the sampler's copies, rope tables; on a
+    `gpu` also what the graphs of decode steps keep."""
     logits = min(LOGIT_BYTES, 4 * sizes.vocab * max(config.max_num_seqs, config.max_batch_tokens))
-    return per_token * config.max_batch_tokens + 4 * logits + 4 * max_model_len * sizes.rope.dim
+    work = _token_bytes(sizes) * config.max_batch_tokens + 4 * logits + 4 * max_model_len * sizes.rope.dim
+    return work + (_graph_bytes(sizes, config, max_model_len=max_model_len) if gpu and config.tape else 0)
+
+
+def _token_bytes(sizes: Sizes) -> int:
+    return 4 * (6 * sizes.hidden + 2 * sizes.q_width + 2 * sizes.kv_width + 3 * sizes.intermediate)
+
+
+def _graph_bytes(sizes: Sizes, config: EngineConfig, *, max_model_len: int) -> int:
+    """One decode step in the pool that CUDA graphs share, attention's partial sums included, and its logits twice."""
+    rows = config.max_num_seqs
+    sums = 4 * (sizes.q_width + sizes.heads) * -(-max_model_len // SPLIT_KEYS) * min(rows, SPLIT_ROWS)
+    return _token_bytes(sizes) * rows + sums + 2 * min(LOGIT_BYTES, 4 * sizes.vocab * rows)
 
 
 def plan_memory(
@@ -238,9 +253,11 @@ def plan_memory(
     quantized = form is not None
     if form is not None and activation_bits is not None:
         _backend(form, config, activation_bits)
-    free = free_memory(resolve_device(config)) if free_bytes is None else free_bytes
+    device = resolve_device(config)
+    free = free_memory(device) if free_bytes is None else free_bytes
     held, ends = _weight_bytes(weights, arch, sizes, config, quantized=quantized)
-    work = activation_bytes(sizes, config, max_model_len=config.max_model_len or sizes.max_positions)
+    longest = config.max_model_len or sizes.max_positions
+    work = activation_bytes(sizes, config, max_model_len=longest, gpu=device.type == "cuda")
     beside, draft_block = (0, 0) if draft is None else _draft_bytes(draft, config)
     after = free - held - work - beside
     refusal = None
@@ -336,7 +353,8 @@ def _draft_bytes(weights: Weights, config: EngineConfig) -> tuple[int, int]:
     arch, sizes = resolve_arch(weights.config)
     quantized = body_format(weights, arch, sizes) is not None
     held, _ = _weight_bytes(weights, arch, sizes, config, quantized=quantized)
-    work = activation_bytes(sizes, config, max_model_len=sizes.max_positions)
+    gpu = resolve_device(config).type == "cuda"
+    work = activation_bytes(sizes, config, max_model_len=sizes.max_positions, gpu=gpu)
     return held + work, _block_bytes(sizes, config, kv_types(config.kv_type, quantized=quantized))
 
 

@@ -2,7 +2,8 @@
 
 Logits are computed for the rows that need them and no others: the last token of a chunk that samples, and the tokens
 of prompts whose log-probabilities were asked for, these in slices of at most 64 MB. A step that samples from all of its
-sequences and computes a few tokens, one of each and its drafts, is replayed from a tape where there can be one.
+sequences and computes a few tokens, one of each and its drafts, is replayed from a tape where there can be one, on a
+GPU from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dibit.engine.batch import Batch, build_batch
 from dibit.engine.config import EngineConfig
+from dibit.engine.decode_graph import Capture, CudaCapture, DecodeGraphs
 from dibit.engine.decode_tape import DecodeTapes
 from dibit.engine.kv_cache import allocate
 from dibit.engine.memory_plan import LOGIT_BYTES, CacheSize, activation_bytes, free_memory, size_cache
@@ -63,8 +65,9 @@ class ModelRunner:
     draft_block_bytes  of a block in the cache of a draft model, which is to have as many
     size        of the cache, where it is decided already
     choose      tokens of rows (None: engine.sampler.sample)
+    capture     makes decode steps repeatable (None: CUDA graphs on a GPU, tapes on a CPU)
 
-    taped_steps    steps whose decoding was replayed from a tape (the recording of one counts too)
+    taped_steps    steps whose decoding was replayed from a tape or graph (the recording of one counts too)
     untaped        the other steps by what kept them from it: "prefill", "prompt_logprobs", "no_tape", "rows" (more
                    tokens than a tape has rows)
     beside_tape    rows of taped steps whose token was chosen after it, by reason: "penalties", "logprobs"
@@ -82,13 +85,15 @@ class ModelRunner:
         draft_block_bytes: int = 0,
         size: CacheSize | None = None,
         choose: Choose | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.decoder = decoder
         self.config = config
         sizes = decoder.sizes
         if size is None:
             free = free_memory(decoder.device) if free_bytes is None else free_bytes
-            free -= activation_bytes(sizes, config, max_model_len=config.max_model_len or sizes.max_positions)
+            longest = config.max_model_len or sizes.max_positions
+            free -= activation_bytes(sizes, config, max_model_len=longest, gpu=decoder.device.type == "cuda")
             size = size_cache(
                 sizes, config, quantized=decoder.quantized, free_bytes=free, draft_block_bytes=draft_block_bytes
             )
@@ -112,7 +117,7 @@ class ModelRunner:
         self.beside_tape: Counter[str] = Counter()
         self.scoring_s = 0.0
         self.listener: Callable[[str, int, Tensor], None] | None = None
-        self._tapes = self._decode_tapes()
+        self._tapes = self._repeated(capture)
         self._slices = PromptSlices(decoder, self.cache, self._cos, self._sin)
 
     @property
@@ -146,7 +151,7 @@ class ModelRunner:
 
     def decode_tape(self, count: int) -> Tape | None:
         """The tape of steps that compute `count` tokens, once there is one."""
-        return None if self._tapes is None else self._tapes.tape(count)
+        return self._tapes.tape(count) if isinstance(self._tapes, DecodeTapes) else None
 
     def execute(self, step: Step) -> StepResult:
         """Compute a step. Faults of single rows are in `failed`; anything else raises."""
@@ -169,7 +174,7 @@ class ModelRunner:
         self.untaped[reason or "no_tape"] += 1
         return self._compute(step)
 
-    def _replay(self, tapes: DecodeTapes, step: Step) -> StepResult:
+    def _replay(self, tapes: DecodeTapes | DecodeGraphs, step: Step) -> StepResult:
         decoded = tapes.run(step.chunks)
         if tapes.refusal is None:
             self.taped_steps += 1
@@ -194,17 +199,18 @@ class ModelRunner:
             row = rows.stop
         return drawn.result()
 
-    def _decode_tapes(self) -> DecodeTapes | None:
-        if not self.config.tape or self.decoder.device.type != "cpu":
+    def _repeated(self, capture: Capture | None) -> DecodeTapes | DecodeGraphs | None:
+        """What replays decode steps, if anything."""
+        device = self.decoder.device
+        if not self.config.tape:
             return None
-        return DecodeTapes(
-            self.decoder,
-            self.cache,
-            self._cos,
-            self._sin,
-            max_rows=min(self._most_rows(), self._rows_per_slice),
-            max_model_len=self.max_model_len,
-        )
+        if capture is None and device.type == "cuda":
+            capture = CudaCapture(device)
+        model = (self.decoder, self.cache, self._cos, self._sin)
+        rows, length = min(self._most_rows(), self._rows_per_slice), self.max_model_len
+        if capture is not None:
+            return DecodeGraphs(*model, max_rows=rows, max_model_len=length, capture=capture)
+        return DecodeTapes(*model, max_rows=rows, max_model_len=length) if device.type == "cpu" else None
 
     def _most_rows(self) -> int:
         """Tokens of the largest step that is worth a tape: a longer one hardly notices the Python between its ops."""
@@ -269,7 +275,7 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> float:
         """Run a prefill and a decode step that write nothing, so that the first request finds threads started and
-        weights in memory. Returns the seconds it took."""
+        weights in memory, and on a GPU capture the graphs of decode steps. Returns the seconds it took."""
         began = time.monotonic()
         device = self.decoder.device
         for tokens in (min(WARM_UP_TOKENS, self.max_model_len, self.config.max_batch_tokens), 1):
@@ -284,6 +290,8 @@ class ModelRunner:
                 rows=torch.tensor([tokens - 1], device=device),
             )
             self.decoder.logits(self.decoder.hidden(batch, self.cache, self._cos, self._sin))
+        if isinstance(self._tapes, DecodeGraphs):
+            self._tapes.warm_up()
         return time.monotonic() - began
 
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from served_steps import requests_of, same, serve
 from tiny_models import hf_model, make_request, quantized, token_ids, weights_of
-from torch import Tensor
 
 from dibit.engine import decode_tape, sampler
-from dibit.engine import runner as runner_module
-from dibit.engine.blocks import BlockPool
 from dibit.engine.config import EngineConfig
 from dibit.engine.loader import load_decoder
 from dibit.engine.memory_plan import activation_bytes
 from dibit.engine.models.decoder import Decoder
-from dibit.engine.request import FinishReason, Request
+from dibit.engine.request import Request
 from dibit.engine.runner import ModelRunner
-from dibit.engine.scheduler import Scheduler
 from dibit.engine.step import Chunk, Step
 from dibit.kernels import native
 from dibit.kernels.formats import Format
@@ -41,66 +37,6 @@ def _native_settings() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def low_bit() -> Decoder:
     return load_decoder(quantized(weights_of(hf_model()), Format(4, 16)), config=EngineConfig(block_size=4))
-
-
-@dataclass
-class Served:
-    """Logits of every row that was sampled, in the order of its request's tokens."""
-
-    runner: ModelRunner
-    scheduler: Scheduler
-    logits: dict[str, list[Tensor]] = field(default_factory=dict)
-    tokens: dict[str, list[int]] = field(default_factory=dict)
-    batches: list[int] = field(default_factory=list)
-
-
-def requests_of(count: int = 6, **params: Any) -> list[Request]:
-    """Prompts and outputs of different lengths, so that batches grow and shrink."""
-    return [
-        make_request(token_ids(3 + 4 * i % 11, seed=i), id=str(i), max_tokens=5 + 7 * i % 19, **params)
-        for i in range(count)
-    ]
-
-
-def serve(decoder: Decoder, requests: list[Request], monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Served:
-    """Runs requests to their ends, one more arriving every third step."""
-    config = EngineConfig(**{"block_size": 4, "max_num_seqs": 5, "threads": 2, **settings})
-    runner = ModelRunner(decoder, config)
-    pool = BlockPool(runner.num_blocks, runner.block_size)
-    served = Served(runner, Scheduler(pool, config))
-
-    def remember(logits: Tensor, asking: list[Request], **known: Any) -> list[Any]:
-        for row, request in zip(logits, asking, strict=True):
-            served.logits.setdefault(request.id, []).append(row.clone())
-        return sampler.sample(logits, asking, **known)
-
-    monkeypatch.setattr(runner_module, "sample", remember)
-    arriving = list(requests)
-    for count in range(1000):
-        if arriving and count % 3 == 0:
-            served.scheduler.add(arriving.pop(0))
-        step = served.scheduler.schedule()
-        if not step.chunks:
-            if arriving:
-                continue
-            break
-        served.batches.append(len(step.chunks))
-        for advance in served.scheduler.commit(step, runner.execute(step)):
-            request = advance.request
-            if request.num_output >= request.max_tokens:
-                served.tokens[request.id] = request.output_ids
-                served.scheduler.finish(request, FinishReason.LENGTH)
-    assert len(served.tokens) == len(requests)
-    return served
-
-
-def same(taped: Served, plain: Served) -> None:
-    assert plain.runner.taped_steps == 0
-    assert taped.tokens == plain.tokens
-    assert taped.logits.keys() == plain.logits.keys()
-    for name, rows in plain.logits.items():
-        assert all(torch.equal(a, b) for a, b in zip(taped.logits[name], rows, strict=True)), name
-    assert taped.runner.taped_steps + taped.runner.untaped_steps == len(taped.batches)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2"])

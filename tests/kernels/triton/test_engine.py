@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MemoryWeights, Paged, hf_model, quantized, token_ids, weights_of
+from served_steps import Repeated, serve
+from tiny_models import MemoryWeights, Paged, hf_model, make_request, quantized, token_ids, weights_of
 from torch import Tensor
 
 from dibit.engine.config import EngineConfig, KVType
@@ -22,6 +23,7 @@ from dibit.engine.memory_plan import plan_memory
 from dibit.engine.models import resolve_arch
 from dibit.engine.models.fused_block import FusedBlock
 from dibit.engine.models.spec import norm_names, sites
+from dibit.engine.request import Request
 from dibit.kernels.formats import PER_CHANNEL, Format
 
 BOUND = 4e-3
@@ -57,6 +59,21 @@ def test_prefill_chunks_and_decoding(kv_type: KVType, bound: float) -> None:
             )
         )
     assert_close(*found, bound)
+
+
+def test_decode_steps_ask_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph is captured from: `Repeated` fails where a value is looked at."""
+    weights = quantized(weights_of(hf_model(tie_word_embeddings=True)), Format(4, 16))
+    decoder = load_decoder(weights, config=EngineConfig(backend="triton", device="cpu", block_size=4))
+
+    def requests() -> list[Request]:
+        return [make_request(token_ids(2), max_tokens=3)]
+
+    repeated = Repeated()
+    graphed = serve(decoder, requests(), monkeypatch, capture=repeated)
+    plain = serve(decoder, requests(), monkeypatch, tape=False)
+    assert graphed.tokens == plain.tokens
+    assert repeated.replays == graphed.runner.taped_steps == 3
 
 
 def test_planned_weights_are_those_of_the_load() -> None:

@@ -1,0 +1,222 @@
+"""Decode steps on a GPU without launches from Python: captured once as a CUDA graph, replayed from then on.
+
+A step of a few tokens is some hundred kernels of a few microseconds each, and Python needs longer than that to launch
+one. A graph is launched once. What differs from step to step is copied into fixed buffers on the device first; the
+host waits once, for the ids that were chosen.
+
+A graph has a fixed number of rows and a fixed width of block tables, on which the grid of attention depends. There is
+one for every `row_bucket` and `table_bucket` that has come up. Rows beyond a step's own write nothing and are not read.
+
+Memory: graphs share one pool, as no two run at once (memory_plan.graph_bytes); at most MAX_GRAPHS are kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dibit.engine.batch import Batch
+from dibit.engine.decode_rows import Decoded, DecodeRows
+from dibit.engine.kv_cache import KVCache
+from dibit.engine.models.decoder import Decoder
+from dibit.engine.sampler import Highest
+from dibit.engine.step import Chunk
+
+MAX_GRAPHS = 128
+# Keys of the shortest block table. Splits of attention's keys that have none cost little, graphs cost memory.
+LEAST_KEYS = 512
+
+
+def row_bucket(count: int) -> int:
+    """Rows of the graph for `count` tokens: less than a quarter more, and four graphs for every doubling."""
+    quantum = max(1, (1 << (count - 1).bit_length()) // 8)
+    return -(-count // quantum) * quantum
+
+
+def table_bucket(keys: int, *, block_size: int, width: int) -> int:
+    """Entries of its block tables for sequences of up to `keys` keys, of which there are LEAST_KEYS, or twice as many,
+    and so on; at most `width`."""
+    room = LEAST_KEYS
+    while room < keys:
+        room *= 2
+    return min(width, -(-room // block_size))
+
+
+class Capture(Protocol):
+    """Makes what a function does on a device repeatable, on the same memory. Raises RuntimeError where that is not
+    possible. The function may be run any number of times meanwhile."""
+
+    def __call__(self, run: Callable[[], None], /) -> Callable[[], None]: ...
+
+
+class CudaCapture:
+    """Captures into CUDA graphs that share a pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        # Kernels are compiled and libraries make their workspaces when they first run, which a capture forbids.
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile: a draft model, or the next model while it loads.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            run()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+class _Buffers:
+    """The numbers of a step on the host and on the device, in the same order, so that two copies bring all of them."""
+
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self._host_long = torch.zeros(3, rows, dtype=torch.int64, pin_memory=pinned)
+        self._host_int = torch.zeros(rows * (1 + width), dtype=torch.int32, pin_memory=pinned)
+        self._long = torch.zeros_like(self._host_long, device=device)
+        self._int = torch.zeros_like(self._host_int, device=device)
+        self.batch = Batch(
+            tokens=self._long[0],
+            positions=self._long[1],
+            slots=self._long[2],
+            cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device),
+            seq_lens=self._int[:rows],
+            block_tables=self._int[rows:].view(rows, width),
+        )
+
+    def fill(self, numbers: Batch) -> None:
+        """Starts the copy of a step's numbers; block tables may be wider than here."""
+        rows, width = self.batch.block_tables.shape
+        for place, column in zip(self._host_long, (numbers.tokens, numbers.positions, numbers.slots), strict=True):
+            place.copy_(column)
+        self._host_int[:rows].copy_(numbers.seq_lens)
+        self._host_int[rows:].view(rows, width).copy_(numbers.block_tables[:, :width])
+        self._long.copy_(self._host_long, non_blocking=True)
+        self._int.copy_(self._host_int, non_blocking=True)
+
+
+class _Results:
+    """What steps come to, of all graphs in the same memory: logits [R, V] float32 on the device, ids [R] int64 and
+    peaks [R] float32 there and on the host."""
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.logits = torch.empty(rows, vocab, dtype=torch.float32, device=device)
+        self._ids = torch.empty(rows, dtype=torch.int64, device=device)
+        self._peaks = torch.empty(rows, dtype=torch.float32, device=device)
+        self._host_ids = torch.empty(rows, dtype=torch.int64, pin_memory=pinned)
+        self._host_peaks = torch.empty(rows, dtype=torch.float32, pin_memory=pinned)
+        self._done = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
+
+    def keep(self, logits: Tensor, ids: Tensor, peaks: Tensor) -> None:
+        rows = logits.shape[0]
+        self.logits[:rows].copy_(logits)
+        self._ids[:rows].copy_(ids)
+        self._peaks[:rows].copy_(peaks)
+
+    def fetch(self, count: int) -> Decoded:
+        """Waits for the first `count` rows."""
+        self._host_ids[:count].copy_(self._ids[:count], non_blocking=True)
+        self._host_peaks[:count].copy_(self._peaks[:count], non_blocking=True)
+        if self._done is not None:
+            self._done.record()
+            self._done.synchronize()
+        return Decoded(self.logits[:count], Highest(self._host_ids[:count].numpy(), self._host_peaks[:count].numpy()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    replay: Callable[[], None]
+    buffers: _Buffers
+
+
+class DecodeGraphs:
+    """Runs steps of up to `max_rows` tokens. One thread at a time.
+
+    The decoder, the cache and the rope tables must stay the ones it was made for. `refusal` says why steps are not
+    replayed, or is None; `replay_s` counts the seconds spent in replays, waiting for the ids included.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        capture: Capture,
+    ) -> None:
+        self.decoder = decoder
+        self.cache = cache
+        self.max_rows = max_rows
+        self.refusal: str | None = None
+        self.replay_s = 0.0
+        width = -(-max_model_len // cache.block_size)
+        self.rows = DecodeRows(row_bucket(max_rows), width=width, block_size=cache.block_size)
+        self._cos, self._sin = cos, sin
+        self._capture = capture
+        self._results = _Results(self.rows.max_rows, decoder.sizes.vocab, decoder.device)
+        self._captured: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def run(self, chunks: Sequence[Chunk]) -> Decoded:
+        """Computes a step."""
+        count = self.rows.fill(chunks)
+        rows = row_bucket(count)
+        self.rows.pad(count, rows)
+        width = table_bucket(self.rows.longest(count), block_size=self.cache.block_size, width=self.rows.width)
+        return self._run(count, rows, width)
+
+    def warm_up(self) -> int:
+        """Captures the graphs of short sequences, so that no request waits for one. How many there are."""
+        width = table_bucket(1, block_size=self.cache.block_size, width=self.rows.width)
+        # The largest first: what it takes from the pool is enough for the others.
+        for rows in sorted({row_bucket(count) for count in range(1, self.max_rows + 1)}, reverse=True):
+            if self.refusal is None:
+                self.rows.pad(0, rows)
+                self._run(0, rows, width)
+        return len(self)
+
+    @torch.inference_mode()
+    def _run(self, count: int, rows: int, width: int) -> Decoded:
+        captured = self._captured.get((rows, width))
+        numbers = self.rows.batch(rows)
+        started_s = time.perf_counter()
+        if captured is None:
+            buffers = _Buffers(rows, width, self.decoder.device)
+            buffers.fill(numbers)
+            try:
+                captured = _Captured(self._capture(lambda: self._compute(buffers.batch)), buffers)
+            except RuntimeError as error:
+                self.refusal = f"{type(error).__name__}: {error}"
+                self._compute(buffers.batch)
+                return self._results.fetch(count)
+            self._captured[rows, width] = captured
+            if len(self._captured) > MAX_GRAPHS:
+                self._captured.popitem(last=False)
+        else:
+            self._captured.move_to_end((rows, width))
+            captured.buffers.fill(numbers)
+        captured.replay()
+        decoded = self._results.fetch(count)
+        self.replay_s += time.perf_counter() - started_s
+        return decoded
+
+    def _compute(self, batch: Batch) -> None:
+        logits = self.decoder.logits(self.decoder.hidden(batch, self.cache, self._cos, self._sin))
+        self._results.keep(logits, *self.decoder.ops.argmax(logits))
