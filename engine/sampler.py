@@ -9,7 +9,7 @@ number from Philox4x64 (Salmon et al. 2011) keyed by the seed with the number of
 the inverse of the cumulative distribution in float64, in the order of ids. A row that cannot be sampled gives an error
 of its own; the others go on.
 
-`kept`, `uniform` and `place` say what a draw is. Where the C++ library is built it does them (kernels/sampling_cpu.py),
+draw.py says what a draw is. Where the C++ library is built it does them (kernels/sampling_cpu.py),
 on the tape of a decode step and beside it alike, so that a request's tokens do not depend on which one it was. Its exp
 is not numpy's: on a machine without the library the same seed may, once in some ten million draws, give another token.
 
@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dibit.engine.config import SamplingParams
+from dibit.engine.draw import LEAST_TEMPERATURE, Floats, Ids, highest_and_more, kept, place, uniform
 from dibit.engine.errors import EngineFault, RequestError
 from dibit.engine.request import Request, TokenLogprob
 from dibit.engine.step import Sampled
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dibit.kernels.sampling_cpu import Draws
-
-Floats = npt.NDArray[np.floating[Any]]
-Ids = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +53,6 @@ class Highest:
     def of(self, rows: slice) -> Highest:
         """That of some of the rows."""
         return Highest(self.ids[rows], self.peaks[rows], None if self.drawn is None else self.drawn[rows])
-
-
-# Scores are float32, about 1e-6 apart at usual sizes: below this temperature only ties are left to chance, and scores
-# divided by it would overflow.
-_LEAST_TEMPERATURE = 1e-6
-_UNIFORM_STEP = 2.0**-53
-_BLOCK = 128
 
 
 def validate(params: SamplingParams, vocab_size: int) -> None:
@@ -88,9 +79,8 @@ def sample(logits: Tensor, requests: Sequence[Request], *, highest: Highest | No
             return _known(highest.ids, highest.peaks, requests)
     if logits.shape[0] != len(requests):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(requests)} requests")
-    if logits.device.type != "cpu" and all(map(_is_plain, requests)):
-        highest = _highest_on_device(logits)
-        return _known(highest.ids, highest.peaks, requests)
+    if logits.device.type != "cpu":
+        return sample_on_device(logits, requests, highest=highest)
     rows = _rows(logits)
     if highest is None:
         # NaN counts as the highest here, so the peak of a row with any is NaN.
@@ -107,6 +97,28 @@ def sample(logits: Tensor, requests: Sequence[Request], *, highest: Highest | No
             results.append(found)
         except Exception as error:
             results.append(error)
+    return results
+
+
+def sample_on_device(
+    logits: Tensor, requests: Sequence[Request], *, highest: Highest | None = None
+) -> list[Sampled | Exception]:
+    """The same for logits on another device: rows whose scores are edited, or whose log-probabilities are asked for,
+    are copied to the host, of the others only ids."""
+    if highest is None:
+        highest = _highest_on_device(logits)
+    results = _known(highest.ids, highest.peaks, requests)
+    drawing = [i for i, r in enumerate(requests) if _is_undisturbed(r) and not r.params.greedy]
+    if drawing:
+        asking = [requests[i] for i in drawing]
+        drawn = _drawn_on_device(logits if len(asking) == len(requests) else logits[drawing], asking)
+        for i, token_id in zip(drawing, drawn, strict=True):
+            if not isinstance(results[i], Exception):
+                results[i] = Sampled(token_id)
+    beside = [i for i, r in enumerate(requests) if not _is_undisturbed(r)]
+    if beside:
+        for i, result in zip(beside, sample(logits[beside].cpu(), [requests[i] for i in beside]), strict=True):
+            results[i] = result
     return results
 
 
@@ -142,33 +154,6 @@ def _native_logprobs(logits: Tensor, target_ids: Sequence[int]) -> tuple[TokenLo
 def _check_prompt_row(position: int, peak: float) -> None:
     if not math.isfinite(peak):
         raise EngineFault(f"row {position} of the prompt's logits {_what_is_wrong(peak)}")
-
-
-def kept(scores: Floats, params: SamplingParams) -> tuple[Ids, Floats]:
-    """What is left to draw from: ids, ascending, and their unnormalised probabilities.
-
-    scores [V]: after penalties, before temperature; the highest is finite. min_p keeps what is at least min_p times as
-    likely as the likeliest; top_k what scores at least the k-th highest (all of its ties); top_p the fewest tokens,
-    likeliest first and the lower id on ties, that hold at least top_p of what min_p and top_k left.
-    """
-    with np.errstate(over="ignore"):
-        scaled = (scores - scores.max()) / max(params.temperature, _LEAST_TEMPERATURE)
-    weights = np.exp(scaled)
-    ids = np.arange(len(scores)) if params.min_p == 0.0 else np.flatnonzero(weights >= params.min_p)
-    if 0 < params.top_k < len(ids):
-        left = scaled[ids]
-        near = _highest_and_more(left, params.top_k)
-        least = np.partition(left[near], -params.top_k)[-params.top_k]
-        ids = ids[near[left[near] >= least]]
-    if params.top_p < 1.0:
-        ids = ids[_nucleus(weights[ids], params.top_p)]
-    return ids, weights if len(ids) == len(weights) else weights[ids]
-
-
-def uniform(seed: int, count: int) -> float:
-    """The number in [0, 1) that draws output token `count` of a request with this seed."""
-    bits = np.random.Philox(key=seed % (1 << 128), counter=count).random_raw()
-    return (int(bits) >> 11) * _UNIFORM_STEP
 
 
 def prepare_draw(draws: Draws, row: int, request: Request, *, ahead: int = 0) -> None:
@@ -269,6 +254,33 @@ def _drawn(rows: npt.NDArray[np.float32], highest: Highest, requests: Sequence[R
     return draw(torch.from_numpy(np.ascontiguousarray(rows)), ids, peaks, draws).numpy().data
 
 
+def _drawn_on_device(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    from dibit.engine.device_sampling import draw
+
+    params = [request.params for request in requests]
+    ids: list[int] = draw(
+        logits,
+        temperature=[max(p.temperature, LEAST_TEMPERATURE) for p in params],
+        min_p=[p.min_p for p in params],
+        top_k=[p.top_k for p in params],
+        top_p=[p.top_p for p in params],
+        numbers=_uniforms(requests),
+    ).tolist()
+    return ids
+
+
+def _uniforms(requests: Sequence[Request]) -> Sequence[float]:
+    """The number that each request's next token is drawn with."""
+    if not _has_library():
+        return [uniform(request.seed, request.num_output) for request in requests]
+    from dibit.kernels.sampling_cpu import Draws, uniforms
+
+    draws = Draws(len(requests))
+    for row, request in enumerate(requests):
+        _fill_draw(draws, row, request)
+    return uniforms(draws)
+
+
 @functools.cache
 def _has_library() -> bool:
     from dibit.kernels import native
@@ -326,54 +338,15 @@ def _edited(row: Floats, request: Request) -> Floats:
     return scores
 
 
-def _nucleus(weights: Floats, top_p: float) -> Ids:
-    """Positions, ascending, of the fewest weights that hold top_p of their sum; earlier ones on ties."""
-    total = weights.sum(dtype=np.float64)
-    # What lies below this, all together, is less than the 1 - top_p that may be lost: no need to sort it.
-    near = np.flatnonzero(weights >= 0.5 * (1.0 - top_p) * total / len(weights))
-    values = weights[near]
-    falling = np.sort(values)[::-1]
-    count = int(np.searchsorted(np.cumsum(falling, dtype=np.float64), top_p * total)) + 1
-    least = falling[min(count, len(falling)) - 1]
-    above, ties = values > least, np.flatnonzero(values == least)
-    above[ties[: count - int(np.count_nonzero(above))]] = True
-    held: Ids = near[above]
-    return held
-
-
-def place(weights: Floats, number: float) -> int:
-    """Position whose share of the weights `number` falls into. In two levels, as a long running sum is slow."""
-    starts = np.arange(0, len(weights), _BLOCK)
-    ends = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
-    target = number * ends[-1]
-    block = int(np.searchsorted(ends, target, side="right"))
-    inside = weights[block * _BLOCK : (block + 1) * _BLOCK]
-    before = ends[block - 1] if block else 0.0
-    position = int(np.searchsorted(np.cumsum(inside, dtype=np.float64), target - before, side="right"))
-    # The two sums of a block may differ in the last bit; a target between them belongs to its last possible token.
-    return block * _BLOCK + min(position, int(np.flatnonzero(inside)[-1]))
-
-
 def _logprob(row: Floats, peak: float, token_id: int, top: int) -> TokenLogprob:
     norm = peak + math.log(np.exp(row - peak).sum(dtype=np.float64))
     value = row[token_id]
     likeliest: tuple[tuple[int, float], ...] = ()
     if top:
-        near = _highest_and_more(row, min(top, len(row)))
+        near = highest_and_more(row, min(top, len(row)))
         order = np.argsort(-row[near], kind="stable")[:top]
         likeliest = tuple((int(i), float(row[i]) - norm) for i in near[order])
     return TokenLogprob(token_id, float(value) - norm, 1 + int(np.count_nonzero(row > value)), likeliest)
-
-
-def _highest_and_more(values: Floats, count: int) -> Ids:
-    """Positions, ascending, of a few values that include the `count` highest and all their ties.
-
-    The array is folded into lanes; `count` lanes have a maximum of at least the count-th highest lane maximum, which
-    therefore bounds the count-th highest value from below.
-    """
-    lanes = min(len(values), max(1024, 4 * count))
-    folded = values[: len(values) // lanes * lanes].reshape(-1, lanes).max(axis=0)
-    return np.flatnonzero(values >= np.partition(folded, -count)[-count])
 
 
 def _rows(logits: Tensor) -> npt.NDArray[np.float32]:

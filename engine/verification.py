@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dibit.engine.draw import Floats, Ids, place, uniform
 from dibit.engine.request import Request
-from dibit.engine.sampler import Floats, Highest, Ids, distribution, place, sample, uniform
+from dibit.engine.sampler import Highest, distribution, sample
 from dibit.engine.speculation import Odds
 from dibit.engine.step import Sampled
 

@@ -22,7 +22,7 @@ Recorder = Callable[[str, tuple[Any, ...], tuple[Any, ...]], None]
 """Told of every call through `entry` and `function` that was accepted: entry point, argument types, arguments."""
 
 LIBRARY = Path(__file__).parent / "_cpu.abi3.so"
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 
 class NativeError(RuntimeError):

@@ -1,6 +1,6 @@
 """Tokens drawn in C++ (csrc/sample.cpp): temperature, min_p, top_k and top_p of a row, and the draw.
 
-The definition is that of engine/sampler.py (`kept`, `uniform`), with weights from this library's own exp: the same row,
+The definition is that of engine/draw.py, with weights from this library's own exp: the same row,
 parameters, seed and count give the same id on every machine, whatever else is in the step.
 """
 
@@ -71,3 +71,11 @@ def sample(scores: Tensor, best: Tensor, peaks: Tensor, draws: Draws) -> Tensor:
     filters, words = draws.addresses
     _entry()(ids.data_ptr(), scores.data_ptr(), best.data_ptr(), peaks.data_ptr(), filters, words, rows, width)
     return ids
+
+
+def uniforms(draws: Draws) -> array[float]:
+    """The number in [0, 1) that each row is drawn with, [max_rows]; any number for a greedy one."""
+    p, n = native.POINTER, native.INT
+    numbers = array("d", bytes(8 * draws.max_rows))
+    native.entry("dibit_uniform", p, p, n)(numbers.buffer_info()[0], draws.addresses[1], draws.max_rows)
+    return numbers

@@ -77,7 +77,7 @@ bool amx_int8() { return level().load(std::memory_order_relaxed) >= kAmx; }
 
 }  // namespace dibit
 
-DIBIT_API int dibit_abi_version() { return 5; }
+DIBIT_API int dibit_abi_version() { return 6; }
 
 DIBIT_API const char* dibit_isa() { return dibit::kNames[dibit::level().load()]; }
 

@@ -1,5 +1,5 @@
 // A token drawn from each row of scores: temperature, min_p, top_k, top_p, and one uniform number through the inverse of
-// the cumulative distribution, in the order of ids. engine/sampler.py defines it.
+// the cumulative distribution, in the order of ids. engine/draw.py defines it.
 //
 // One body for every machine, so that a seed gives one token everywhere: plain vectors, no fused multiply-adds (the
 // build sets -ffp-contract=off), sums in an order that is written down here.
@@ -212,6 +212,10 @@ class Row {
   float* weights_ = nullptr;
 };
 
+double uniform(const Draw& draw) {
+  return static_cast<double>(philox(draw.key[0], draw.key[1], draw.count) >> 11) * 0x1p-53;
+}
+
 int64_t drawn(const float* scores, int64_t width, float peak, const Filters& filters, const Draw& draw) {
   static thread_local Scratch scratch;
   Row row(scores, width, peak, filters.temperature, scratch);
@@ -222,7 +226,7 @@ int64_t drawn(const float* scores, int64_t width, float peak, const Filters& fil
   }
   if (draw.top_k > 0 && draw.top_k < left) row.highest(draw.top_k);
   if (filters.top_p < 1.0) row.nucleus(filters.top_p);
-  return row.draw(static_cast<double>(philox(draw.key[0], draw.key[1], draw.count) >> 11) * 0x1p-53);
+  return row.draw(uniform(draw));
 }
 
 }  // namespace
@@ -245,5 +249,12 @@ DIBIT_API int dibit_sample(int64_t* ids, const float* scores, const int64_t* bes
       if (!draw[r].greedy && std::isfinite(peaks[r]))
         ids[r] = drawn(scores + r * width, width, peaks[r], filter[r], draw[r]);
   });
+  return 0;
+}
+
+// numbers [rows]: what each row is drawn with.
+DIBIT_API int dibit_uniform(double* numbers, const int64_t* draws, int64_t rows) {
+  const Draw* draw = reinterpret_cast<const Draw*>(draws);
+  for (int64_t r = 0; r < rows; ++r) numbers[r] = uniform(draw[r]);
   return 0;
 }

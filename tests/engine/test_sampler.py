@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from dibit.engine import sampler
 from dibit.engine.config import SamplingParams
+from dibit.engine.draw import kept, uniform
 from dibit.engine.errors import EngineFault, RequestError
 from dibit.engine.request import Request, TokenLogprob
-from dibit.engine.sampler import _highest_on_device, _known, kept, prompt_logprobs, sample, uniform, validate
+from dibit.engine.sampler import _highest_on_device, _known, prompt_logprobs, sample, validate
 from dibit.engine.step import Sampled
 from dibit.kernels import native
 

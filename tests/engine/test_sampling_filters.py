@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dibit.engine.config import SamplingParams
-from dibit.engine.sampler import kept
+from dibit.engine.draw import kept
 
 
 def reference_kept(scores: list[float], params: SamplingParams) -> dict[int, float]:
