@@ -34,7 +34,7 @@ def draw(
     return torch.cat(
         [
             _drawn(part, own, filtered=filtered)
-            for part, own in zip(scores.split(rows), settings.split(rows, dim=1), strict=True)
+            for part, own in zip(torch.split(scores, rows), torch.split(settings, rows, dim=1), strict=True)
         ]
     )
 

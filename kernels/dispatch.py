@@ -102,6 +102,7 @@ def _triton(target: str, pack: str | None = None) -> Impl:
         pack=pack,
         devices=frozenset({"cuda"}),
         zero_grids=_ALL_GRIDS,
+        activation_bits=_ALL_ACTIVATIONS,
         available="dibit.kernels.triton.availability:unavailable",
     )
 

@@ -45,13 +45,11 @@ class FusedBlock(Block):
     ) -> tuple[Any, Tensor]:
         """As Block.paged; x is [T, hidden] float32, or the Runs of the fused block before, and so is what returns."""
         eps = self.sizes.norm_eps
-        (qkv, qkv_bias), (o, o_bias), (gate_up, gate_up_bias), (down, down_bias) = map(
-            self._weight, ("qkv", "o", "gate_up", "down")
-        )
-        h = fused.norm_prepared(x, residual, self.attn_norm, eps, qkv)
+        qkv, o, gate_up, down = map(self._packed, ("qkv", "o", "gate_up", "down"))
+        h = fused.norm_prepared(x, residual, self.attn_norm, eps, qkv.weight, activation_bits=qkv.activation_bits)
         residual = x if residual is None else residual
         q = rope_kv_write(
-            fused.product(h, qkv, qkv_bias),
+            fused.product(h, qkv.weight, qkv.bias),
             batch.positions,
             cos,
             sin,
@@ -63,17 +61,20 @@ class FusedBlock(Block):
         attended = attend(q, k_cache, v_cache, batch.cu_seqlens, batch.seq_lens, batch.block_tables, self.scale)
         if rows is not None:
             attended, residual = attended.rows(rows), residual[rows]
+        h = fused.attended_prepared(attended, o.weight, activation_bits=o.activation_bits)
+        x = fused.product(h, o.weight, o.bias)
         h = fused.norm_prepared(
-            fused.product(fused.attended_prepared(attended, o), o, o_bias), residual, self.mlp_norm, eps, gate_up
+            x, residual, self.mlp_norm, eps, gate_up.weight, activation_bits=gate_up.activation_bits
         )
-        h = fused.silu_prepared(fused.product(h, gate_up, gate_up_bias), down)
-        runs = fused.product(h, down, down_bias)
+        x = fused.product(h, gate_up.weight, gate_up.bias)
+        h = fused.silu_prepared(x, down.weight, activation_bits=down.activation_bits)
+        runs = fused.product(h, down.weight, down.bias)
         return runs if self.owes else fused.finished(runs), residual
 
-    def _weight(self, site: str) -> tuple[TritonQWeight, Tensor | None]:
+    def _packed(self, site: str) -> PackedLinear:
         linear = self.linears[site]
         assert isinstance(linear, PackedLinear)
-        return linear.weight, linear.bias
+        return linear
 
 
 def fuse(blocks: Sequence[Block]) -> list[Block]:
@@ -86,12 +87,11 @@ def fuse(blocks: Sequence[Block]) -> list[Block]:
 
 
 def _fusible(block: Block) -> bool:
-    """Whether every product is one packed weight of floating activations, with rows that fit a program, and nothing
-    stands between the first one and the rotary positions."""
+    """Whether every product is one packed weight, with rows that fit a program, and nothing stands between the first
+    one and the rotary positions."""
     return not block.head_norms and all(
         isinstance(linear, PackedLinear)
         and isinstance(linear.weight, TritonQWeight)
-        and linear.activation_bits is None
         and fused.row_block(linear.weight) <= fused.MAX_COLUMNS
         for linear in block.linears.values()
     )

@@ -4,7 +4,8 @@ ten launches:
 
     norm_prepared, qkv, rope_kv_write, attention, attended_prepared, o, norm_prepared, gate_up, silu_prepared, down
 
-The numbers are those of the single ops, up to the order in which a row's squares are added. Activations are float32.
+The numbers are those of the single ops, up to the order in which a row's squares are added. Activations are float32,
+prepared as they are, or where a product has `activation_bits` as integers of that width.
 The caller has the shapes right: they come from the weights of one model, not from outside.
 """
 
@@ -19,7 +20,16 @@ from torch import Tensor
 from dibit.kernels.triton.attention import Attended, joined
 from dibit.kernels.triton.device.fused import attended_prepare_kernel, norm_prepare_kernel, silu_prepare_kernel
 from dibit.kernels.triton.layout import TritonQWeight
-from dibit.kernels.triton.qlinear import Prepared, Runs, constants_of, finish, launch_runs, operands_of, plan_of
+from dibit.kernels.triton.qlinear import (
+    Prepared,
+    Runs,
+    constants_of,
+    finish,
+    launch_runs,
+    operands_of,
+    plan_of,
+    qmax_of,
+)
 
 MAX_COLUMNS = 16384
 """Columns of a row that one program holds: 16 a thread of 1024. Twice that spills, counted."""
@@ -42,7 +52,15 @@ def finished(runs: Runs) -> Tensor:
     return y
 
 
-def norm_prepared(x: Tensor | Runs, residual: Tensor | None, norm: Tensor, eps: float, w: TritonQWeight) -> Prepared:
+def norm_prepared(
+    x: Tensor | Runs,
+    residual: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    w: TritonQWeight,
+    *,
+    activation_bits: int | None = None,
+) -> Prepared:
     """rms_norm(x (+ residual)) * norm for products with `w`; the sum is written over `residual` [M, K]."""
     tokens = x.shape[0] if isinstance(x, Tensor) else x.prepared.tokens
     made = _room(w, tokens)
@@ -58,12 +76,12 @@ def norm_prepared(x: Tensor | Runs, residual: Tensor | None, norm: Tensor, eps: 
             *_sizes(made, w),
             ADD=residual is not None,
             **constants_of(x),
-            **_row(w),
+            **_row(w, activation_bits),
         )
     return made
 
 
-def silu_prepared(gate_up: Runs, w: TritonQWeight) -> Prepared:
+def silu_prepared(gate_up: Runs, w: TritonQWeight, *, activation_bits: int | None = None) -> Prepared:
     """silu(gate) * up of gate_up [M, 2 K] for products with `w`."""
     made = _room(w, gate_up.prepared.tokens)
     if made.tokens:
@@ -74,12 +92,12 @@ def silu_prepared(gate_up: Runs, w: TritonQWeight) -> Prepared:
             made.factors,
             *_sizes(made, w),
             **constants_of(gate_up),
-            **_row(w),
+            **_row(w, activation_bits),
         )
     return made
 
 
-def attended_prepared(attended: Attended, w: TritonQWeight) -> Prepared:
+def attended_prepared(attended: Attended, w: TritonQWeight, *, activation_bits: int | None = None) -> Prepared:
     """The result of attention [M, H D] for products with `w`."""
     if attended.partial and row_block(w) > MAX_JOINED_COLUMNS:
         attended = joined(attended)
@@ -95,7 +113,7 @@ def attended_prepared(attended: Attended, w: TritonQWeight) -> Prepared:
             attended.splits,
             attended.head_dim,
             PARTIAL=attended.partial,
-            **_row(w),
+            **_row(w, activation_bits),
         )
     return made
 
@@ -119,12 +137,13 @@ def _sizes(made: Prepared, w: TritonQWeight) -> tuple[int, int, int, int, int]:
     return made.tokens, made.half.shape[0], w.k, w.geometry.columns, w.geometry.groups
 
 
-def _row(w: TritonQWeight) -> dict[str, Any]:
+def _row(w: TritonQWeight, activation_bits: int | None) -> dict[str, Any]:
     block = row_block(w)
     return {
         "BITS": w.format.bits,
         "GROUP": max(0, w.format.group_size),
         "BLOCK": block,
+        "QMAX": qmax_of(activation_bits),
         "num_warps": row_warps(block),
         "num_stages": 1,
     }

@@ -4,6 +4,9 @@ Activations are rounded to float16 with one power of two per token, so an output
 
     sum over k of |w| (2^-11 |x| + 2^-21 * 2^e)  +  float32 rounding of the sums,        max|x| < 2^(e + 15)
 
+With `activation_bits` they are the integers that the reference rounds to, which float16 holds: sums below 2^24, those
+of any group of 128, are exact, and only the scaling of groups and tokens rounds.
+
 A NaN or an infinity in a row of x makes the whole row of y NaN. Rows of y are the same bits for every M on one GPU.
 """
 
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from dibit.kernels.contract import Dims
 from dibit.kernels.formats import PER_CHANNEL
+from dibit.kernels.qlinear import check_activation_bits
 from dibit.kernels.triton.availability import gpu_of
 from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
@@ -55,7 +59,12 @@ class Prepared:
         )
 
 
-def prepare(x: Tensor, w: TritonQWeight, *, padded_tokens: int) -> Prepared:
+def qmax_of(activation_bits: int | None) -> int:
+    """QMAX of device/prepare.py."""
+    return 0 if activation_bits is None else (1 << (check_activation_bits(activation_bits) - 1)) - 1
+
+
+def prepare(x: Tensor, w: TritonQWeight, *, padded_tokens: int, activation_bits: int | None = None) -> Prepared:
     """x [M, K] for products with `w` (or with any weight of its format and K)."""
     made, geometry = Prepared.empty(w, x.shape[0], padded_tokens), w.geometry
     prepare_kernel[(padded_tokens,)](
@@ -71,6 +80,7 @@ def prepare(x: Tensor, w: TritonQWeight, *, padded_tokens: int) -> Prepared:
         BITS=w.format.bits,
         GROUP=max(0, w.format.group_size),
         BLOCK=min(2048, max(256, triton.next_power_of_2(w.k))),
+        QMAX=qmax_of(activation_bits),
         num_warps=4,
     )
     return made
@@ -81,6 +91,7 @@ def qlinear(
     w: TritonQWeight,
     bias: Tensor | None = None,
     *,
+    activation_bits: int | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -88,6 +99,7 @@ def qlinear(
 
     x         [M, K] float32, float16 or bfloat16, contiguous, on the device of `w`
     bias      [N] float, or None
+    activation_bits  4, 6 or 8: x is rounded so, a row at a time; None: as the module docstring says
     residual  [M, N] dtype of x, or None; added in float32 before y is rounded
     out       [M, N] dtype of x to write into, or None
     """
@@ -103,7 +115,7 @@ def qlinear(
     if x.shape[0] == 0:
         return y
     chosen = plan_of(w, x.shape[0])
-    prepared = prepare(x, w, padded_tokens=chosen.padded_tokens(x.shape[0]))
+    prepared = prepare(x, w, padded_tokens=chosen.padded_tokens(x.shape[0]), activation_bits=activation_bits)
     return multiply(prepared, w, chosen, y, bias=bias, residual=residual)
 
 

@@ -192,7 +192,7 @@ def report_prepare(gpu: GpuModel) -> KernelReport:
             "factors": "*fp32",
             **dict.fromkeys(("M", "MP", "K", "KP", "GROUPS"), "i32"),
         },
-        constants={"BITS": 4, "GROUP": 128, "BLOCK": 2048},
+        constants={"BITS": 4, "GROUP": 128, "BLOCK": 2048, "QMAX": 0},
         arch=gpu.arch,
         warps=4,
         stages=3,

@@ -9,6 +9,7 @@ from typing import Any
 from dibit.kernels.triton.device.fused import attended_prepare_kernel, norm_prepare_kernel, silu_prepare_kernel
 from dibit.kernels.triton.device.small import rope_kv_write_kernel
 from dibit.kernels.triton.fused import MAX_JOINED_COLUMNS, row_warps
+from dibit.kernels.triton.qlinear import qmax_of
 from dibit.kernels.triton.report_model import GpuModel, KernelReport
 from dibit.kernels.triton.report_small import HEADS, HIDDEN, KV_HEADS, MLP, CacheArguments, D, compiled_report
 
@@ -28,7 +29,7 @@ _END = {
     "ZERO_STEP": 1.0,
     "BIAS": False,
 }
-_FORMAT = {"BITS": 4, "GROUP": 128}
+_FORMAT = {"BITS": 4, "GROUP": 128, "QMAX": 0}
 
 
 def _row_report(
@@ -47,7 +48,7 @@ def _row_report(
         kernel,
         gpu,
         types={**types, **_STORED, **_SIZES},
-        constants={**constants, **_FORMAT, "BLOCK": block},
+        constants={**_FORMAT, **constants, "BLOCK": block},
         moved=row_bytes,
         row_bytes=row_bytes,
         warps=row_warps(block),
@@ -56,14 +57,15 @@ def _row_report(
     )
 
 
-def norm_prepare(gpu: GpuModel, *, columns: int) -> KernelReport:
+def norm_prepare(gpu: GpuModel, *, columns: int, activation_bits: int | None = None) -> KernelReport:
+    rounded = "" if activation_bits is None else f" to {activation_bits} bits"
     return _row_report(
-        f"norm_prepare {columns}",
+        f"norm_prepare {columns}{rounded}",
         norm_prepare_kernel,
         gpu,
         columns=columns,
         types={**_OWED, "residual": "*fp32", "weight": "*fp32", "eps": "fp32"},
-        constants={**_END, "ADD": True},
+        constants={**_END, "ADD": True, "QMAX": qmax_of(activation_bits)},
         row_bytes=columns * (4 * (SPLITS + 3) + 2),
     )
 
@@ -122,6 +124,7 @@ def rope_of_runs(gpu: GpuModel) -> KernelReport:
 FUSED: tuple[Callable[[GpuModel], KernelReport], ...] = (
     partial(norm_prepare, columns=HIDDEN),
     partial(norm_prepare, columns=WIDE_HIDDEN),
+    partial(norm_prepare, columns=HIDDEN, activation_bits=8),
     partial(silu_prepare, columns=MLP),
     partial(attended_prepare, columns=HIDDEN),
     partial(attended_prepare, columns=WIDE_HIDDEN),

@@ -43,6 +43,7 @@ def norm_prepare_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
 ):
     """rms_norm(x (+ residual)) * weight, prepared; with ADD the sum is written over `residual` [M, K]."""
     m = tl.program_id(0)
@@ -59,7 +60,7 @@ def norm_prepare_kernel(
     scale = tl.rsqrt(tl.sum(h * h, 0) / K + eps)
     w = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
     y = tl.where(inside, h * scale * w, 0.0)
-    store_prepared(y, m, half, sums, factors, MP, KP, GROUPS, BITS, GROUP, BLOCK)
+    store_prepared(y, m, half, sums, factors, MP, KP, GROUPS, BITS, GROUP, BLOCK, QMAX)
 
 
 @triton.jit
@@ -87,6 +88,7 @@ def silu_prepare_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
 ):
     """silu(gate) * up, prepared, of x = gate_up [M, 2 K]."""
     m = tl.program_id(0)
@@ -101,7 +103,7 @@ def silu_prepare_kernel(
         SPLITS, PARTIAL, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
     )  # fmt: skip
     store_prepared(
-        gate / (1.0 + tl.exp(-gate)) * up, m, half, sums, factors, MP, KP, GROUPS, BITS, GROUP, BLOCK
+        gate / (1.0 + tl.exp(-gate)) * up, m, half, sums, factors, MP, KP, GROUPS, BITS, GROUP, BLOCK, QMAX
     )  # fmt: skip
 
 
@@ -123,6 +125,7 @@ def attended_prepare_kernel(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
 ):
     """The result of attention, prepared: x [M, H D], or with PARTIAL the splits x [M, H, SPLITS, D] and their weights
     [M, H, SPLITS], joined as merge_kernel joins them."""
@@ -151,4 +154,4 @@ def attended_prepare_kernel(
         v = tl.where(inside, acc / total, 0.0)
     else:
         v = tl.load(row + k, mask=inside, other=0.0)
-    store_prepared(v, m, half, sums, factors, MP, KP, GROUPS, BITS, GROUP, BLOCK)
+    store_prepared(v, m, half, sums, factors, MP, KP, GROUPS, BITS, GROUP, BLOCK, QMAX)

@@ -8,6 +8,9 @@ For every token m, with e_m such that the largest |x| / 2^e_m lies in [2^14, 2^1
 
 A power of two per token keeps bfloat16 and float32 activations of any size exact to float16's 11 bits. A NaN or an
 infinity stays one and makes the token's whole row of the product NaN.
+
+With QMAX, 2^(bits - 1) - 1 of rounded activations, a token's numbers are the integers of `quantize_activations`
+instead, and its factor is their scale. Integers up to 127 are float16 numbers: the same product multiplies them.
 """
 
 from __future__ import annotations
@@ -29,6 +32,33 @@ def power_of_two(e):
 
 
 @triton.jit
+def poison_of(v):
+    """NaN where v is not finite, else 0."""
+    return tl.where(tl.abs(v) < float("inf"), 0.0, float("nan"))
+
+
+@triton.jit
+def factor_of(largest, poison, QMAX: tl.constexpr):
+    """factors[m] of a row whose largest magnitude is `largest`; `poison` is NaN where the row has a NaN or infinity."""
+    if QMAX == 0:
+        return power_of_two(exponent_for(largest))
+    else:
+        return tl.div_rn(largest, tl.full(largest.shape, QMAX, tl.float32)) + poison
+
+
+@triton.jit
+def operand_of(v, largest, factor, QMAX: tl.constexpr):
+    """v as a multiple of the row's factor that float16 holds, in float32."""
+    if QMAX == 0:
+        return (v * power_of_two(-exponent_for(largest))).to(tl.float16).to(tl.float32)
+    else:
+        y = tl.div_rn(v, tl.zeros_like(v) + tl.where(factor > 0.0, factor, 1.0))
+        y = tl.where(y == y, tl.minimum(tl.maximum(y, -1.0 * QMAX), 1.0 * QMAX), 0.0)
+        # Rounds a float32 below 2^22 to the nearest integer, halves to even.
+        return y + 12582912.0 - 12582912.0
+
+
+@triton.jit
 def plane_shifts(at, BITS: tl.constexpr):
     """The power of two by which the activation of column `at` is divided."""
     if BITS == 8:
@@ -42,7 +72,19 @@ def plane_shifts(at, BITS: tl.constexpr):
 
 @triton.jit
 def prepare_kernel(
-    x, half, sums, factors, M, MP, K, KP, GROUPS, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    half,
+    sums,
+    factors,
+    M,
+    MP,
+    K,
+    KP,
+    GROUPS,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
 ):
     """One token a program. x [M, K] -> half [MP, KP], sums [GROUPS, MP], factors [MP]; rows M.. become zeros.
 
@@ -51,20 +93,23 @@ def prepare_kernel(
     m = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     row = x + m.to(tl.int64) * K
-    largest = tl.zeros((BLOCK,), tl.float32)
+    most = tl.zeros((BLOCK,), tl.float32)
+    poison = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, K, BLOCK):
         v = tl.load(row + start + k, mask=(start + k < K) & (m < M), other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(v))
-    e = exponent_for(tl.max(largest, 0))
-    down = power_of_two(-e)
-    tl.store(factors + m, power_of_two(e))
+        most = tl.maximum(most, tl.abs(v))
+        if QMAX > 0:
+            poison += poison_of(v)
+    largest = tl.max(most, 0)
+    factor = factor_of(largest, tl.sum(poison, 0), QMAX)
+    tl.store(factors + m, factor)
     total = tl.zeros((1,), tl.float32)
     for start in range(0, KP, BLOCK):
         at = start + k
-        v = tl.load(row + at, mask=(at < K) & (m < M), other=0.0).to(tl.float32) * down
+        v = tl.load(row + at, mask=(at < K) & (m < M), other=0.0).to(tl.float32)
         shift = plane_shifts(at, BITS)
         # 16-bit rounding first: the quotient by the plane's shift is then exact for all but the tiniest values.
-        h = (v.to(tl.float16).to(tl.float32) / shift).to(tl.float16)
+        h = (operand_of(v, largest, factor, QMAX) / shift).to(tl.float16)
         tl.store(half + m.to(tl.int64) * KP + at, h, mask=at < KP)
         back = h.to(tl.float32) * shift
         if GROUP == 0:
@@ -79,17 +124,29 @@ def prepare_kernel(
 
 @triton.jit
 def store_prepared(
-    v, m, half, sums, factors, MP, KP, GROUPS, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+    v,
+    m,
+    half,
+    sums,
+    factors,
+    MP,
+    KP,
+    GROUPS,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
 ):
     """What prepare_kernel stores of a row, for one that is in registers already: v [BLOCK] float32, zero from K on.
 
     BLOCK is a multiple of 256 and at least KP.
     """
     at = tl.arange(0, BLOCK)
-    e = exponent_for(tl.max(tl.abs(v), 0))
-    tl.store(factors + m, power_of_two(e))
+    largest = tl.max(tl.abs(v), 0)
+    factor = factor_of(largest, tl.sum(poison_of(v), 0) if QMAX > 0 else 0.0, QMAX)
+    tl.store(factors + m, factor)
     shift = plane_shifts(at, BITS)
-    h = ((v * power_of_two(-e)).to(tl.float16).to(tl.float32) / shift).to(tl.float16)
+    h = (operand_of(v, largest, factor, QMAX) / shift).to(tl.float16)
     tl.store(half + m.to(tl.int64) * KP + at, h, mask=at < KP)
     back = h.to(tl.float32) * shift
     if GROUP == 0:

@@ -34,9 +34,11 @@ def assert_close(found: Tensor, expected: Tensor, bound: float = BOUND) -> None:
     assert error <= bound, f"relative error {error:.2g}, at most {bound:.2g} allowed"
 
 
-def paged(weights: MemoryWeights, backend: Any, *, kv_type: KVType = "float16") -> Paged:
+def paged(
+    weights: MemoryWeights, backend: Any, *, kv_type: KVType = "float16", activation_bits: int | None = None
+) -> Paged:
     config = EngineConfig(backend=backend, device="cpu")
-    return Paged(load_decoder(weights, config=config), kv_type=kv_type)
+    return Paged(load_decoder(weights, config=config, activation_bits=activation_bits), kv_type=kv_type)
 
 
 # A key or value near the border of two codes gets another one: a 254th of its group's largest, or a 30th.
@@ -59,6 +61,19 @@ def test_prefill_chunks_and_decoding(kv_type: KVType, bound: float) -> None:
             )
         )
     assert_close(*found, bound)
+
+
+def test_rounded_activations() -> None:
+    """An activation near the border of two integers gets another one: a 254th of the token's largest."""
+    weights, ids = quantized(weights_of(hf_model()), Format(4, 16)), token_ids(4)
+    found = []
+    for backend in ("triton", "reference"):
+        model = paged(weights, backend, activation_bits=8)
+        assert all(isinstance(block, FusedBlock) == (backend == "triton") for block in model.decoder.blocks)
+        found.append(model.logits((model.request(ids), 0, 4)))
+    assert_close(*found, 3 * BOUND)
+    model = paged(weights, "reference")
+    assert not torch.allclose(found[1], model.logits((model.request(ids), 0, 4)), rtol=1e-3)
 
 
 def test_decode_steps_ask_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
