@@ -72,6 +72,12 @@ def build_core(model: str | Path, config: EngineConfig) -> EngineCore:
     return EngineCore(runner, main.tokenizer, config, drafter=drafter)
 
 
+def load_model(model: str | Path, config: EngineConfig) -> Decoder:
+    """The weights of `model` alone. Raises CheckpointError or ConfigError."""
+    with closing(_Source(model, config)) as source:
+        return source.decoder()
+
+
 class _Source:
     """A checkpoint being loaded: its tokenizer, then its weights."""
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from dibit.engine.errors import ConfigError, DibitError
-from dibit.server.options import Json
+from dibit.server.options import Json, Model
 
-kernels_app = typer.Typer(help="Examine the GPU kernels; needs no GPU.", no_args_is_help=True)
+kernels_app = typer.Typer(help="Examine the GPU kernels, and fit them to a GPU.", no_args_is_help=True)
 
 
 @kernels_app.command("report")
@@ -63,3 +63,21 @@ def kernels_report(
     broken = [fault for row in rows for fault in faults(row)]
     if check and broken:
         raise DibitError("kernels break the rules of docs/gpu.md:\n" + "\n".join(broken))
+
+
+@kernels_app.command("tune")
+def kernels_tune(
+    model: Model,
+    *,
+    seconds: Annotated[float, typer.Option(min=1.0, help="begin no further shape after this long")] = 600.0,
+    json: Json = None,
+) -> None:
+    """Measure the products of a model on this GPU, and keep what is fastest for every later start. One kind of GPU and
+    one shape of weight need it once; without it products are cut by rules.
+
+    Example: dibit kernels tune models/my-7b-3bit
+    """
+    from dibit.engine.tuning import tune_model
+    from dibit.server.output import emit
+
+    emit(tune_model(model, limit_s=seconds, say=typer.echo), json)

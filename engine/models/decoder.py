@@ -7,7 +7,7 @@ load. What stands between norms and attention is pluggable: any callable [.., K]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -246,6 +246,18 @@ class Decoder:
     @property
     def quantized(self) -> bool:
         return self.format is not None
+
+    def packed_weights(self) -> Iterator[Any]:
+        """The quantized weights in their backend's layout, the head's included."""
+        linears = [linear for block in self.blocks for linear in block.linears.values()]
+        while linears:
+            linear = linears.pop()
+            if isinstance(linear, SideBySide):
+                linears += linear.segments
+            elif isinstance(linear, PackedLinear):
+                yield linear.weight
+        if isinstance(self.head, PackedLinear):
+            yield self.head.weight
 
     def hidden(self, batch: Batch, cache: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """Run a step, writing its keys and values: normalized final hidden states [R, hidden] of batch.rows."""

@@ -1,4 +1,4 @@
-"""How one low-bit product is cut into programs: a function of shapes and of the GPU alone.
+"""How one low-bit product is cut into programs: a function of shapes and of the GPU alone, or what was measured there.
 
 `splits` and `run` depend on the weight and the GPU, never on the number of tokens: they decide the order in which
 products are added, and a token's bits must not depend on its company.
@@ -6,7 +6,8 @@ products are added, and a token's bits must not depend on its company.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from dibit.kernels.triton.layout import TILE_ROWS, Geometry
 
@@ -41,6 +42,35 @@ class Plan:
         return -(-m // self.block_tokens) * self.block_tokens
 
 
+@dataclass(frozen=True)
+class Config:
+    """How a program computes its block; nothing that decides the order of a sum."""
+
+    block_rows: int
+    warps: int
+    stages: int
+
+
+CONFIGS = {
+    "narrow": Config(64, 4, 3),
+    "narrow-deep": Config(64, 4, 5),
+    "narrow-pair": Config(64, 2, 4),
+    "wide": Config(128, 4, 3),
+    "wide-deep": Config(128, 4, 4),
+    "wide-8": Config(128, 8, 3),
+}
+"""What autotune.py tries, by name."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured to be best for a weight's shape: splits, and names in CONFIGS by the tokens of a block. What is
+    left out is what `plan` would choose."""
+
+    splits: int | None = None
+    configs: Mapping[int, str] = field(default_factory=dict)
+
+
 def runs(geometry: Geometry, padded_rows: int, *, processors: int) -> tuple[int, int]:
     """(splits, steps of a run): enough programs to keep `processors` busy, no run too short to fill a pipeline."""
     tiles = padded_rows // TILE_ROWS
@@ -50,9 +80,12 @@ def runs(geometry: Geometry, padded_rows: int, *, processors: int) -> tuple[int,
     return -(-geometry.steps // run), run
 
 
-def plan(geometry: Geometry, padded_rows: int, m: int, *, gpu: Gpu) -> Plan:
+def plan(geometry: Geometry, padded_rows: int, m: int, *, gpu: Gpu, tuned: Tuned | None = None) -> Plan:
     """The plan of a product of `m` tokens with a weight of `padded_rows` rows on `gpu`."""
     splits, run = runs(geometry, padded_rows, processors=gpu.processors)
+    if tuned is not None and tuned.splits is not None:
+        run = -(-geometry.steps // min(tuned.splits, geometry.steps))
+        splits = -(-geometry.steps // run)
     # Four warps on Hopper and data-centre Blackwell become a warpgroup, whose matrix instructions cost a step of few
     # tokens more instructions than the ordinary ones do (2.3 a 2-bit weight against 1.7) and, on Blackwell, a trip
     # through tensor memory for every plane; two warps cannot.
@@ -68,7 +101,7 @@ def plan(geometry: Geometry, padded_rows: int, m: int, *, gpu: Gpu) -> Plan:
         and padded_rows % (2 * TILE_ROWS) == 0
         and padded_rows // TILE_ROWS * splits >= 2 * gpu.processors
     )
-    return Plan(
+    chosen = Plan(
         block_rows=2 * TILE_ROWS if wide else TILE_ROWS,
         block_tokens=block_tokens,
         splits=splits,
@@ -77,3 +110,9 @@ def plan(geometry: Geometry, padded_rows: int, m: int, *, gpu: Gpu) -> Plan:
         warps=2 if pairs else 8 if wide and block_tokens == 64 else 4,
         stages=4 if block_tokens <= 16 else 3,
     )
+    name = None if tuned is None else tuned.configs.get(block_tokens)
+    return chosen if name is None else configured(chosen, CONFIGS[name])
+
+
+def configured(chosen: Plan, config: Config) -> Plan:
+    return replace(chosen, block_rows=config.block_rows, warps=config.warps, stages=config.stages)

@@ -27,6 +27,7 @@ from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
 from dibit.kernels.triton.layout import TritonQWeight
 from dibit.kernels.triton.plan import Plan, plan
+from dibit.kernels.triton.tuned_plans import key_of, tuned_for
 
 ASM = not triton.knobs.runtime.interpret
 """Inline assembly on a GPU; the interpreter has none and runs the same in plain operations."""
@@ -121,7 +122,8 @@ def qlinear(
 
 def plan_of(w: TritonQWeight, tokens: int) -> Plan:
     """How a product of `tokens` tokens with `w` is cut, on the GPU that holds it."""
-    return plan(w.geometry, w.padded_rows, tokens, gpu=gpu_of(w.codes.device))
+    device = w.codes.device
+    return plan(w.geometry, w.padded_rows, tokens, gpu=gpu_of(device), tuned=tuned_for(device, key_of(w)))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
-"""`dibit kernels report`: what it refuses. What it prints is checked in tests/kernels/triton/test_report.py."""
+"""`dibit kernels`: what it refuses. What it prints is checked in tests/kernels/triton/test_report.py."""
 
 from __future__ import annotations
 
 import importlib.util
 
 import pytest
+import torch
 
 from dibit.engine.errors import ConfigError
-from dibit.server.cli_kernels import kernels_report
+from dibit.server.cli_kernels import kernels_report, kernels_tune
 
 
 def test_a_gpu_without_figures_is_refused() -> None:
@@ -21,3 +22,10 @@ def test_the_interpreter_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match=r"cannot be compiled here: .*(unset it|needs the triton package)"):
         kernels_report()
+
+
+def test_tuning_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match="nothing to measure on: the triton backend needs"):
+        kernels_tune("demo")

@@ -1,0 +1,145 @@
+"""Measured plans: what is tried, what wins, what is kept; with a stopwatch that is made up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dibit.kernels.formats import Format, QTensor
+from dibit.kernels.triton import layout, tuned_plans
+from dibit.kernels.triton.autotune import BUCKETS, tune, tune_all
+from dibit.kernels.triton.availability import INTERPRETER
+from dibit.kernels.triton.layout import TritonQWeight
+from dibit.kernels.triton.plan import CONFIGS, Gpu, Plan, Tuned, plan
+from dibit.kernels.triton.qlinear import multiply, prepare
+from dibit.kernels.triton.tuned_plans import keep, kept, key_of
+
+A100 = Gpu(processors=108, arch=80)
+NAME = "NVIDIA A100-SXM4-80GB"
+
+
+def packed(n: int, k: int, format: Format) -> TritonQWeight:
+    groups = format.groups(k)
+    return layout.pack(
+        QTensor(
+            codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8),
+            zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8),
+            scales=torch.rand(n, groups).add(0.01).half(),
+            format=format,
+        )
+    )
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("DIBIT_TUNED_DIR", str(tmp_path / "tuned"))
+    yield tmp_path / "tuned"
+    tuned_plans.tuned_for.cache_clear()
+
+
+def test_the_fastest_wins_and_nothing_that_decides_a_sum_depends_on_the_tokens() -> None:
+    w = packed(128, 2048, Format(4, 128))
+    usual = plan(w.geometry, w.padded_rows, 1, gpu=A100)
+
+    def time(chosen: Plan, tokens: int) -> float:
+        """Half the splits, and four stages of two warps where there are few tokens."""
+        best = chosen.splits == usual.splits // 2
+        pair = chosen.warps == 2 and tokens == 1
+        return 100.0 - 20.0 * best - 10.0 * pair
+
+    found = tune(w, time, gpu=A100)
+    assert found.splits == usual.splits // 2
+    assert found.configs == {usual.block_tokens: "narrow-pair"}
+    plans = [plan(w.geometry, w.padded_rows, tokens, gpu=A100, tuned=found) for tokens in (1, 5, 17, 64, 300)]
+    assert {(p.splits, p.run) for p in plans} == {(plans[0].splits, plans[0].run)}
+    assert plans[0].splits == usual.splits // 2
+    assert plans[0].warps == 2
+
+
+def test_what_is_hardly_faster_or_does_not_fit_is_left() -> None:
+    w = packed(64, 512, Format(2, 64))
+    usual = {plan(w.geometry, w.padded_rows, tokens, gpu=A100) for tokens in BUCKETS}
+    assert tune(w, lambda chosen, tokens: 100.0 if chosen in usual else 99.0, gpu=A100) == Tuned(None, {})
+    assert tune(w, lambda chosen, tokens: 100.0 if chosen in usual else None, gpu=A100) == Tuned(None, {})
+    tried: list[Plan] = []
+    tune(w, lambda chosen, tokens: tried.append(chosen), gpu=A100)
+    assert all(chosen.block_rows == 64 for chosen in tried), "blocks of 128 rows do not divide 64"
+
+
+def test_a_usual_plan_that_does_not_fit_gives_way_to_any_that_does() -> None:
+    w = packed(128, 512, Format(2, 64))
+    usual = plan(w.geometry, w.padded_rows, 1, gpu=A100)
+    found = tune(w, lambda chosen, tokens: None if chosen == usual else 5.0, gpu=A100)
+    assert found.configs.get(usual.block_tokens) or found.splits
+
+
+def test_every_configuration_computes_the_same_bits() -> None:
+    w = packed(128, 512, Format(4, 64))
+    x = torch.randint(-8, 9, (3, 512)).float()
+    results = []
+    for name in CONFIGS:
+        chosen = plan(w.geometry, 128, 3, gpu=INTERPRETER, tuned=Tuned(2, {8: name}))
+        assert chosen.splits == 2
+        y = torch.full((3, 128), 1e30)
+        results.append(multiply(prepare(x, w, padded_tokens=8), w, chosen, y, bias=None, residual=None))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_shapes_once_largest_first_until_the_time_is_up() -> None:
+    weights = [packed(64, k, Format(4, 64)) for k in (256, 512, 256)]
+    told: list[str] = []
+    found = tune_all(
+        weights, gpu=A100, timer=lambda w: lambda p, m: 1.0, limit_s=60.0, progress=lambda key, _: told.append(key)
+    )
+    assert told == [key_of(weights[1]), key_of(weights[0])] == list(found)
+    one = tune_all(weights, gpu=A100, timer=lambda w: lambda p, m: 1.0, limit_s=-1.0, progress=lambda key, _: None)
+    assert one == {}
+
+
+def test_kept_and_found_again(folder: Path) -> None:
+    first, second = {"a": Tuned(4, {8: "wide"})}, {"b": Tuned(None, {64: "wide-8"})}
+    assert kept(NAME) == {}
+    path = keep(NAME, first)
+    assert path.parent == folder
+    assert keep(NAME, second) == path
+    assert kept(NAME) == first | second
+    assert kept("NVIDIA H100 PCIe") == {}
+    assert [entry.name for entry in folder.iterdir()] == ["nvidia-a100-sxm4-80gb.json"]
+
+
+def test_the_users_file_wins_over_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIBIT_TUNED_DIR", str(tmp_path / "package"))
+    keep(NAME, {"a": Tuned(2), "b": Tuned(3)})
+    monkeypatch.setattr(tuned_plans, "SHIPPED", tmp_path / "package")
+    monkeypatch.setenv("DIBIT_TUNED_DIR", str(tmp_path / "own"))
+    keep(NAME, {"a": Tuned(8)})
+    assert kept(NAME) == {"a": Tuned(8), "b": Tuned(3)}
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ({"version": 0}, "kernels 0"),
+        ({"triton": "1.0"}, "triton 1.0"),
+        ({"shapes": {"a": {"splits": 3, "configs": {"8": "fancy"}}}}, "do not exist: fancy"),
+        ({"shapes": {"a": {"splits": 99, "configs": {}}}}, "99 splits"),
+        ({"shapes": {"a": {}}}, "splits"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_and_written_anew(
+    damage: str | dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = keep(NAME, {"a": Tuned(4)})
+    stored = json.loads(path.read_text())
+    path.write_text(damage if isinstance(damage, str) else json.dumps(stored | damage))
+    assert kept(NAME) == {}
+    assert str(path) in caplog.text
+    assert reason in caplog.text
+    keep(NAME, {"b": Tuned(5)})
+    assert kept(NAME) == {"b": Tuned(5)}
