@@ -29,7 +29,8 @@ Message = Mapping[str, Any]
 class LLM:
     """A model, ready to generate. `model` is a directory, a .gguf file, a Hub id or "demo".
 
-    Settings are the fields of `EngineConfig`, as keywords. Not for several threads at once; generators that `stream`
+    Settings are the fields of `EngineConfig`, as keywords, with its defaults but for `max_itl_ratio`, which is 0 here:
+    prompts may make steps as long as is fastest. Not for several threads at once; generators that `stream`
     returned may be read in turn. An abandoned or closed generator ends its request.
     """
 

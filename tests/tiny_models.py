@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +22,7 @@ from dibit.engine.models.decoder import Decoder
 from dibit.engine.models.spec import sites
 from dibit.engine.request import Request
 from dibit.engine.step import Chunk, Step
+from dibit.kernels import native
 from dibit.kernels.formats import Format, QTensor, dequantize
 
 VOCAB = 97
@@ -35,6 +37,10 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+BACKENDS = [
+    "reference",
+    pytest.param("cpu", marks=pytest.mark.skipif(native.unavailable() is not None, reason="C++ kernels not built")),
+]
 
 
 @dataclass(frozen=True)

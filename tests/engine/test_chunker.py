@@ -74,6 +74,18 @@ def start(core: EngineCore, *, decodes: int) -> None:
         core.step()
 
 
+def begun_beside_one() -> tuple[Machine, EngineCore]:
+    """Some layers of a prompt "long" are computed, beside "r0" which decodes."""
+    machine = Machine(fixed_s=0.005, token_s=0.001, num_layers=12)
+    core = machine.core()
+    start(core, decodes=1)
+    core.add_request("long", [5] * 300, SamplingParams(max_tokens=1))
+    for _ in range(3):
+        core.step()
+    assert machine.runner.steps[-1].chunks[-1].last_layer is not None
+    return machine, core
+
+
 def arrival(
     machine: Machine, *, decodes: int = 2, prompt: int = PROMPT, speeds: tuple[float, ...] = (), **config: float
 ) -> tuple[float, list[float]]:
@@ -177,14 +189,8 @@ def test_the_tokens_are_those_of_prompts_that_are_not_cut() -> None:
 
 
 def test_a_prompt_that_leaves_between_two_slices_leaves_nothing() -> None:
-    machine = Machine(fixed_s=0.005, token_s=0.001, num_layers=12)
-    core = machine.core()
-    start(core, decodes=1)
-    core.add_request("gone", [5] * 300, SamplingParams(max_tokens=1))
-    for _ in range(3):
-        core.step()
-    assert machine.runner.steps[-1].chunks[-1].last_layer is not None
-    core.abort("gone")
+    _, core = begun_beside_one()
+    core.abort("long")
     core.scheduler.check()
     core.add_request("next", [6] * 300, SamplingParams(max_tokens=3, temperature=0.0))
     outputs = []
@@ -237,14 +243,8 @@ def test_alone_a_prompt_is_not_cut() -> None:
 
 
 def test_what_begun_beside_others_ends_at_once_when_they_are_gone() -> None:
-    machine = Machine(fixed_s=0.005, token_s=0.001, num_layers=12)
-    core = machine.core()
-    start(core, decodes=1)
-    core.add_request("long", [5] * 300, SamplingParams(max_tokens=1))
-    for _ in range(3):
-        core.step()
+    machine, core = begun_beside_one()
     begun = machine.runner.steps[-1].chunks[-1]
-    assert begun.last_layer is not None
     core.abort("r0")
     core.step()
     (chunk,) = machine.runner.steps[-1].chunks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,13 +23,6 @@ from dibit.kernels import native
 from dibit.kernels.formats import Format
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="C++ kernels not built")
-
-
-@pytest.fixture(autouse=True)
-def _native_threads() -> Iterator[None]:
-    threads = native.threads()
-    yield
-    native.set_threads(threads)
 
 
 @pytest.fixture(scope="module")

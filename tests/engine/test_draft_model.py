@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from thread_pools import threads_put_back
 from tiny_models import MemoryWeights, hf_model, make_request, quantized, token_ids, weights_of
 
 from dibit.engine.config import EngineConfig, SamplingParams
@@ -31,12 +30,6 @@ from dibit.kernels.formats import Format
 from fakes import ByteTokenizer, FakeRunner, solo_tokens
 
 DRAFT: dict[str, Any] = {"speculative": "draft", "draft_model": "another"}
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    with threads_put_back():
-        yield
 
 
 def weights(seed: int = 1) -> MemoryWeights:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from thread_pools import threads_put_back
-from tiny_models import hf_model, make_request, quantized, token_ids, weights_of
+from tiny_models import BACKENDS, hf_model, make_request, quantized, token_ids, weights_of
 from torch import Tensor
 
 from dibit.engine import sampler
@@ -19,21 +17,10 @@ from dibit.engine.models.decoder import Decoder
 from dibit.engine.request import Request
 from dibit.engine.runner import ModelRunner
 from dibit.engine.step import Chunk, Sampled, Step, StepResult
-from dibit.kernels import native
 from dibit.kernels.formats import Format
 
 LAYERS, BLOCK = 5, 4
 CUTS = [(0, 1), (1, 4), (4, None)]
-BACKENDS = [
-    "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(native.unavailable() is not None, reason="C++ kernels not built")),
-]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    with threads_put_back():
-        yield
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from thread_pools import threads_put_back
-from tiny_models import hf_model, make_request, oracle_logits, quantized, token_ids, weights_of
+from tiny_models import BACKENDS, hf_model, make_request, oracle_logits, quantized, token_ids, weights_of
 from torch import Tensor
 
 from dibit.engine.config import EngineConfig
@@ -20,17 +18,6 @@ from dibit.engine.runner import ModelRunner
 from dibit.engine.step import Chunk, Step, StepResult
 from dibit.kernels import native
 from dibit.kernels.formats import Format
-
-BACKENDS = [
-    "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(native.unavailable() is not None, reason="C++ kernels not built")),
-]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    with threads_put_back():
-        yield
 
 
 def make_runner(model: Any = None, **settings: Any) -> ModelRunner:

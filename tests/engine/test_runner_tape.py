@@ -27,11 +27,10 @@ TOKEN_BYTES = 2 * 2 * 2 * 8 * 2  # layers, keys and values, kv heads, head size,
 
 
 @pytest.fixture(autouse=True)
-def _native_settings() -> Iterator[None]:
-    isa, threads = native.isa(), native.threads()
+def _isa() -> Iterator[None]:
+    isa = native.isa()
     yield
     native.set_isa(isa)
-    native.set_threads(threads)
 
 
 @pytest.fixture(scope="module")

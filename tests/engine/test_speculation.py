@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thread_pools import threads_put_back
-from tiny_models import hf_model, quantized, weights_of
+from tiny_models import BACKENDS, hf_model, quantized, weights_of
 
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.core import EngineCore
@@ -20,7 +18,6 @@ from dibit.engine.runner import ModelRunner
 from dibit.engine.speculation import RETRY_STEPS, Drafting, PromptLookup, allot
 from dibit.engine.step import Step
 from dibit.engine.step_cost import StepCost
-from dibit.kernels import native
 from dibit.kernels.formats import Format
 from fakes import EOS, ByteTokenizer, FakeRunner
 
@@ -179,19 +176,9 @@ def test_a_lookup_that_cannot_be_is_refused() -> None:
         EngineConfig(prompt_lookup_min=5, prompt_lookup_max=4)
 
 
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    with threads_put_back():
-        yield
-
-
-@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize(
     "backend",
-    [
-        "reference",
-        pytest.param("cpu", marks=pytest.mark.skipif(native.unavailable() is not None, reason="C++ kernels not built")),
-    ],
+    BACKENDS,
 )
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_a_model_says_the_same_with_drafts(backend: str, temperature: float) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from thread_pools import threads_put_back
 from tiny_models import VOCAB, hf_model, make_request, quantized, token_ids, weights_of
 from torch import Tensor
 
@@ -33,12 +31,6 @@ ASKED: list[dict[str, Any]] = [
     {"temperature": 1.0, "min_tokens": 5},
     {"temperature": 0.0, "min_tokens": 3},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    with threads_put_back():
-        yield
 
 
 @pytest.fixture(scope="module")

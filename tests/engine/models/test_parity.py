@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import Paged, dequantized, hf_model, oracle_logits, quantized, saved_weights, token_ids, weights_of
+from tiny_models import (
+    BACKENDS,
+    Paged,
+    dequantized,
+    hf_model,
+    oracle_logits,
+    quantized,
+    saved_weights,
+    token_ids,
+    weights_of,
+)
 from torch import Tensor
 
 from dibit.engine.config import EngineConfig
@@ -57,10 +67,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "qwen3-bias": ("qwen3", {"head_dim": 24, "attention_bias": True, "num_key_value_heads": 3}),
 }
-BACKENDS = [
-    "reference",
-    pytest.param("cpu", marks=pytest.mark.skipif(native.unavailable() is not None, reason="C++ kernels not built")),
-]
 
 
 def assert_close(found: Tensor, expected: Tensor, bound: float = BOUND) -> None:
