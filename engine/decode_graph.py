@@ -78,30 +78,33 @@ class CudaCapture:
 
 
 class _Buffers:
-    """The numbers of a step on the host and on the device, in the same order, so that two copies bring all of them."""
+    """The numbers of a step on the host and on the device, in the same order, so that two copies bring all of them.
+
+    Every column starts at a multiple of 16 bytes where it can: kernels are compiled once more for one that does not.
+    """
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
-        self._host_long = torch.zeros(3, rows, dtype=torch.int64, pin_memory=pinned)
+        self._host_long = torch.zeros(3, rows + rows % 2, dtype=torch.int64, pin_memory=pinned)
         self._host_int = torch.zeros(rows * (1 + width), dtype=torch.int32, pin_memory=pinned)
         self._long = torch.zeros_like(self._host_long, device=device)
         self._int = torch.zeros_like(self._host_int, device=device)
         self.batch = Batch(
-            tokens=self._long[0],
-            positions=self._long[1],
-            slots=self._long[2],
+            tokens=self._long[0, :rows],
+            positions=self._long[1, :rows],
+            slots=self._long[2, :rows],
             cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device),
-            seq_lens=self._int[:rows],
-            block_tables=self._int[rows:].view(rows, width),
+            seq_lens=self._int[rows * width :],
+            block_tables=self._int[: rows * width].view(rows, width),
         )
 
     def fill(self, numbers: Batch) -> None:
         """Starts the copy of a step's numbers; block tables may be wider than here."""
         rows, width = self.batch.block_tables.shape
         for place, column in zip(self._host_long, (numbers.tokens, numbers.positions, numbers.slots), strict=True):
-            place.copy_(column)
-        self._host_int[:rows].copy_(numbers.seq_lens)
-        self._host_int[rows:].view(rows, width).copy_(numbers.block_tables[:, :width])
+            place[:rows].copy_(column)
+        self._host_int[: rows * width].view(rows, width).copy_(numbers.block_tables[:, :width])
+        self._host_int[rows * width :].copy_(numbers.seq_lens)
         self._long.copy_(self._host_long, non_blocking=True)
         self._int.copy_(self._host_int, non_blocking=True)
 

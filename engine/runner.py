@@ -291,7 +291,7 @@ class ModelRunner:
             )
             self.decoder.logits(self.decoder.hidden(batch, self.cache, self._cos, self._sin))
         if isinstance(self._tapes, DecodeGraphs):
-            self._tapes.warm_up()
+            log.info("%d CUDA graphs of decode steps captured", self._tapes.warm_up())
         return time.monotonic() - began
 
 
