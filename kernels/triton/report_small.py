@@ -13,6 +13,7 @@ from typing import Any
 from dibit.kernels.triton.aot import compile_kernel
 from dibit.kernels.triton.attention import BLOCK_KEYS, SPLIT_KEYS, STAGES, blocks
 from dibit.kernels.triton.device.attention import attention_kernel, merge_kernel
+from dibit.kernels.triton.device.sampling import draw_kernel, hold_kernel, tally_kernel, weigh_kernel
 from dibit.kernels.triton.device.small import (
     block_argmax_kernel,
     embedding_kernel,
@@ -22,6 +23,8 @@ from dibit.kernels.triton.device.small import (
     silu_mul_kernel,
 )
 from dibit.kernels.triton.report_model import GpuModel, KernelReport, predicted
+from dibit.kernels.triton.sampling import BLOCK as DRAW_BLOCK
+from dibit.kernels.triton.sampling import TALLIES, TILE
 from dibit.kernels.triton.small import ARGMAX_BLOCK, BLOCK
 
 HIDDEN, HEADS, KV_HEADS, D, MLP, VOCAB = 4096, 32, 8, 128, 14336, 128256
@@ -253,6 +256,54 @@ def argmax_row(gpu: GpuModel) -> KernelReport:
     )
 
 
+def _draw_report(
+    gpu: GpuModel, name: str, kernel: Any, constants: Mapping[str, Any], moved: int, *others: str
+) -> KernelReport:
+    types = {
+        "scores": "*fp32",
+        "peaks": "*fp32",
+        "settings": "*fp64",
+        "weights": "*i32",
+        **dict.fromkeys(("tallies", "entries", "block_sums", "ids"), "*i64"),
+        "block_ties": "*i32",
+        **dict.fromkeys(("R", "V", "BLOCKS"), "i32"),
+    }
+    return compiled_report(
+        name,
+        kernel,
+        gpu,
+        types={key: types[key] for key in (*others, "settings", "weights", "R", "V")},
+        constants=constants,
+        moved=moved,
+        warps=4,
+        multiples_of_16=("V",),
+    )
+
+
+def draw_weights(gpu: GpuModel) -> KernelReport:
+    constants = {"BLOCK": DRAW_BLOCK, "TALLIES": TALLIES}
+    return _draw_report(gpu, "draw: weights", weigh_kernel, constants, VOCAB * 8, "scores", "peaks", "tallies")
+
+
+def draw_step(gpu: GpuModel, *, search: int) -> KernelReport:
+    constants = {"SEARCH": search, "STEP": 1, "AFTER_TOP_K": False, "BLOCK": DRAW_BLOCK, "TILE": TILE}
+    name = f"draw: a step of top_{'kp'[search]}"
+    return _draw_report(gpu, name, tally_kernel, constants, VOCAB * 4, "tallies", "entries")
+
+
+def draw_blocks(gpu: GpuModel) -> KernelReport:
+    constants = {"SEARCH": 1, "BLOCK": DRAW_BLOCK}
+    others = ("tallies", "entries", "block_sums", "block_ties", "BLOCKS")
+    return _draw_report(gpu, "draw: blocks", hold_kernel, constants, VOCAB * 4, *others)
+
+
+def draw_token(gpu: GpuModel) -> KernelReport:
+    constants = {"BLOCK": DRAW_BLOCK, "MOST_BLOCKS": 128}
+    others = ("entries", "block_sums", "block_ties", "ids", "BLOCKS")
+    blocks = -(-VOCAB // DRAW_BLOCK)
+    return _draw_report(gpu, "draw: the token", draw_kernel, constants, blocks * 12 + DRAW_BLOCK * 4, *others)
+
+
 SMALL: tuple[Callable[[GpuModel], KernelReport], ...] = (
     *(partial(decode_attention, kind=kind) for kind in NAMES),
     *(partial(prefill_attention, kind=kind) for kind in ("fp16", "i8", "u8")),
@@ -263,4 +314,8 @@ SMALL: tuple[Callable[[GpuModel], KernelReport], ...] = (
     embedding,
     argmax_blocks,
     argmax_row,
+    draw_weights,
+    *(partial(draw_step, search=search) for search in (0, 1)),
+    draw_blocks,
+    draw_token,
 )

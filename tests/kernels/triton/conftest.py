@@ -24,6 +24,7 @@ else:
         import dibit.kernels.triton.fused
         import dibit.kernels.triton.head_norm
         import dibit.kernels.triton.qlinear
+        import dibit.kernels.triton.sampling
         import dibit.kernels.triton.small  # noqa: F401
     finally:
         del os.environ["TRITON_INTERPRET"]
