@@ -7,7 +7,8 @@ host waits once, for the ids that were chosen.
 A graph has a fixed number of rows and a fixed width of block tables, on which the grid of attention depends. There is
 one for every `row_bucket` and `table_bucket` that has come up. Rows beyond a step's own write nothing and are not read.
 
-Memory: graphs share one pool, as no two run at once (counted by memory_plan.activation_bytes); at most MAX_GRAPHS are kept.
+Memory: graphs share one pool, as no two run at once, which memory_plan.activation_bytes counts; at most MAX_GRAPHS are
+kept.
 """
 
 from __future__ import annotations
