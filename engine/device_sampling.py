@@ -1,9 +1,10 @@
-"""Tokens drawn where the logits lie, with torch's own ops: only ids travel.
+"""Tokens drawn where the logits lie: only ids travel.
 
 The definition is that of draw.py: temperature, min_p, top_k, top_p, and one uniform number through the inverse of the
-cumulative distribution, in float64, in the order of ids. What differs: exp is torch's, sums are taken in another order,
-and of tokens with different scores and the same weight top_p takes those with the higher score first. So a number near
-the border of two tokens may give the other one.
+cumulative distribution, in the order of ids. The Triton kernels do it where they run (kernels/triton/sampling.py), else
+torch's own ops. With these exp is torch's, sums are taken in another order, and of tokens with different scores and the
+same weight top_p takes those with the higher score first. So a number near the border of two tokens may give the other
+one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from dibit.kernels.triton import availability
 
 # Sorted values, their ids and sums in float64 are nine times the logits' size.
 SLICE_BYTES = 16 << 20
@@ -28,15 +31,23 @@ def draw(
 ) -> Tensor:
     """Ids [R] int64 of scores [R, V] float32, each row drawn with its number in [0, 1). Temperatures are above 0; top_k
     0 or less, min_p 0 and top_p 1 filter nothing. A row whose highest score is not finite gets any id."""
-    filtered = any(k > 0 for k in top_k) or any(p < 1.0 for p in top_p)
+    any_k, any_p = any(k > 0 for k in top_k), any(p < 1.0 for p in top_p)
     settings = torch.tensor([temperature, min_p, top_k, top_p, numbers], dtype=torch.float64).to(scores.device)
     rows = max(1, SLICE_BYTES // (4 * scores.shape[1]))
-    return torch.cat(
-        [
-            _drawn(part, own, filtered=filtered)
-            for part, own in zip(torch.split(scores, rows), torch.split(settings, rows, dim=1), strict=True)
-        ]
-    )
+    parts = zip(torch.split(scores, rows), torch.split(settings, rows, dim=1), strict=True)
+    if _has_kernels(scores):
+        from dibit.kernels.triton import sampling
+
+        return torch.cat([sampling.draw(part.contiguous(), own, top_k=any_k, top_p=any_p) for part, own in parts])
+    return torch.cat([_drawn(part, own, filtered=any_k or any_p) for part, own in parts])
+
+
+def _has_kernels(scores: Tensor) -> bool:
+    if scores.shape[1] > availability.MAX_DRAWN_COLUMNS:
+        return False
+    if scores.device.type == "cuda":
+        return availability.unavailable() is None
+    return scores.device.type == "cpu" and availability.interpreter_unavailable() is None
 
 
 def _drawn(scores: Tensor, settings: Tensor, *, filtered: bool) -> Tensor:

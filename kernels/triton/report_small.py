@@ -266,7 +266,7 @@ def _draw_report(
         "weights": "*i32",
         **dict.fromkeys(("tallies", "entries", "block_sums", "ids"), "*i64"),
         "block_ties": "*i32",
-        **dict.fromkeys(("R", "V", "BLOCKS"), "i32"),
+        **dict.fromkeys(("R", "V", "BLOCKS", "STEP"), "i32"),
     }
     return compiled_report(
         name,
@@ -286,9 +286,9 @@ def draw_weights(gpu: GpuModel) -> KernelReport:
 
 
 def draw_step(gpu: GpuModel, *, search: int) -> KernelReport:
-    constants = {"SEARCH": search, "STEP": 1, "AFTER_TOP_K": False, "BLOCK": DRAW_BLOCK, "TILE": TILE}
+    constants = {"SEARCH": search, "AFTER_TOP_K": False, "BLOCK": DRAW_BLOCK, "TILE": TILE}
     name = f"draw: a step of top_{'kp'[search]}"
-    return _draw_report(gpu, name, tally_kernel, constants, VOCAB * 4, "tallies", "entries")
+    return _draw_report(gpu, name, tally_kernel, constants, VOCAB * 4, "tallies", "entries", "STEP")
 
 
 def draw_blocks(gpu: GpuModel) -> KernelReport:

@@ -12,10 +12,10 @@ import triton
 from torch import Tensor
 
 from dibit.kernels.contract import ContractError, Dims
+from dibit.kernels.triton.availability import MAX_DRAWN_COLUMNS
 from dibit.kernels.triton.device.sampling import draw_kernel, hold_kernel, tally_kernel, weigh_kernel
 from dibit.kernels.triton.small import argmax
 
-MAX_COLUMNS = 1 << 18
 BLOCK = 1024
 TILE = 128
 TALLIES = 512
@@ -23,7 +23,7 @@ STEPS = 6
 
 
 def draw(scores: Tensor, settings: Tensor, *, top_k: bool, top_p: bool) -> Tensor:
-    """Ids [R] int64 of scores [R, V] float32, V at most MAX_COLUMNS.
+    """Ids [R] int64 of scores [R, V] float32, V at most MAX_DRAWN_COLUMNS.
 
     settings [5, R] float64: temperature; min_p, 0 filters nothing; top_k, 0 or less filters nothing; top_p, 1 filters
     nothing; a number in [0, 1). `top_k` and `top_p` say whether any row has one. A row whose highest score is not
@@ -37,8 +37,8 @@ def draw(scores: Tensor, settings: Tensor, *, top_k: bool, top_p: bool) -> Tenso
             f"draw: settings are {list(settings.shape)} {settings.dtype} on {settings.device}; expected [5, {r}] "
             f"torch.float64 on {scores.device}"
         )
-    if not 0 < v <= MAX_COLUMNS:
-        raise ContractError(f"draw: rows of {v} scores; 1 to {MAX_COLUMNS} are supported")
+    if not 0 < v <= MAX_DRAWN_COLUMNS:
+        raise ContractError(f"draw: rows of {v} scores; 1 to {MAX_DRAWN_COLUMNS} are supported")
     settings = settings.contiguous()
     ids = torch.empty(r, dtype=torch.int64, device=scores.device)
     if r == 0:
@@ -73,8 +73,8 @@ def draw(scores: Tensor, settings: Tensor, *, top_k: bool, top_p: bool) -> Tenso
                 entries,
                 r,
                 v,
+                step,
                 SEARCH=search,
-                STEP=step,
                 AFTER_TOP_K=search == 1 and top_k,
                 BLOCK=BLOCK,
                 TILE=TILE,

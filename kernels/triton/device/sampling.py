@@ -36,7 +36,7 @@ def exp_of(x):
     return p * ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def weigh_kernel(scores, peaks, settings, weights, tallies, R, V, BLOCK: tl.constexpr, TALLIES: tl.constexpr):
     """weights [R, V] int32: the bits of e^((score - peak) / temperature), 0 below min_p and in a row whose peak is not
     finite; tallies [R, 12, 32] = 0. settings [5, R] float64: temperature, min_p, top_k, top_p, number. Programs (R,
@@ -58,7 +58,7 @@ def weigh_kernel(scores, peaks, settings, weights, tallies, R, V, BLOCK: tl.cons
 
 
 @triton.jit
-def narrowed(tallies, entries, settings, r, R, SEARCH: tl.constexpr, STEP: tl.constexpr):
+def narrowed(tallies, entries, settings, r, R, STEP, SEARCH: tl.constexpr):
     """After a step: the first candidate of the range that is left, and what of the goal the ranges above it do not
     hold. The bar is the highest candidate at or above which the goal is reached."""
     at = tl.arange(0, RANGES)
@@ -81,7 +81,7 @@ def narrowed(tallies, entries, settings, r, R, SEARCH: tl.constexpr, STEP: tl.co
     return first + (range_.to(tl.int64) << (DIGITS * (STEPS - 1 - STEP))), goal - above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "STEP"])
 def tally_kernel(
     weights,
     settings,
@@ -89,8 +89,8 @@ def tally_kernel(
     entries,
     R,
     V,
+    STEP,
     SEARCH: tl.constexpr,
-    STEP: tl.constexpr,
     AFTER_TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -98,24 +98,26 @@ def tally_kernel(
     """One of six steps of a search: top_k's (0), or top_p's (1) within what top_k leaves. Adds this block's share to
     tallies [R, 12, 32]; entries [R, 13, 2] int64 is what `narrowed` goes on from. Programs (R, blocks of V)."""
     r = tl.program_id(0).to(tl.int64)
-    shift: tl.constexpr = DIGITS * (STEPS - 1 - STEP)
+    shift = DIGITS * (STEPS - 1 - STEP)
     first = tl.full([], 0, tl.int64)
     bar = tl.full([], 0, tl.int64)
     if STEP > 0:
-        first, goal = narrowed(tallies, entries, settings, r, R, SEARCH, STEP - 1)
+        first, goal = narrowed(tallies, entries, settings, r, R, STEP - 1, SEARCH)
         if tl.program_id(1) == 0:
             entry = entries + (r * ENTRIES + STEPS * SEARCH + STEP) * 2
             tl.store(entry, first)
             tl.store(entry + 1, goal)
     elif AFTER_TOP_K:
-        bar, goal = narrowed(tallies, entries, settings, r, R, 0, STEPS - 1)
+        bar, goal = narrowed(tallies, entries, settings, r, R, STEPS - 1, 0)
+    bar = bar.to(tl.int32)
+    first = first.to(tl.int32)
     candidates = tl.arange(0, RANGES)[None, :]
     sums = tl.full([TILE, RANGES], 0, tl.int64)
     start = tl.program_id(1) * BLOCK
     for at in range(start, tl.minimum(start + BLOCK, V), TILE):
         v = at + tl.arange(0, TILE)
         w = tl.load(weights + r * V + v, mask=v < V, other=0)
-        digit = (w - first.to(tl.int32)) >> shift
+        digit = (w - first) >> shift
         digit = tl.where((w >= bar) & (v < V) & (w >= first) & (digit < RANGES), digit, -1)
         # Late ranges are so narrow that most tiles have nothing in them.
         if tl.max(digit, 0) >= 0:
@@ -130,7 +132,7 @@ def tally_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def hold_kernel(
     weights,
     settings,
@@ -152,7 +154,7 @@ def hold_kernel(
     bar = tl.full([], -1, tl.int64)
     ties = tl.full([], 0, tl.int64)
     if SEARCH >= 0:
-        bar, goal = narrowed(tallies, entries, settings, r, R, SEARCH, STEPS - 1)
+        bar, goal = narrowed(tallies, entries, settings, r, R, STEPS - 1, SEARCH)
         if SEARCH == 0:
             bar -= 1
         else:
@@ -170,7 +172,7 @@ def hold_kernel(
     tl.store(block_ties + r * BLOCKS + b, tl.sum(((w == bar) & (v < V)).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def draw_kernel(
     weights,
     settings,

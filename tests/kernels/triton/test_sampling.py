@@ -8,8 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from tiny_models import make_request
 from torch import Tensor
 
+from dibit.engine import device_sampling
+from dibit.engine.sampler import sample as sample_on_host
+from dibit.engine.sampler import sample_on_device
 from dibit.kernels import native
 from dibit.kernels.contract import ContractError
 from dibit.kernels.sampling_cpu import Draws, sample, uniforms
@@ -122,11 +126,22 @@ def test_frequencies_follow_the_distribution() -> None:
     assert np.abs(counts - torch.softmax(scores[0], 0).numpy() * count).max() <= 1.0
 
 
+def test_the_engine_draws_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.unavailable() is not None:
+        pytest.skip("needs the C++ kernels")
+    monkeypatch.delattr(device_sampling, "_drawn")
+    monkeypatch.setattr(device_sampling, "SLICE_BYTES", 2 * 4 * 90)
+    kinds = [{"temperature": 0.0}, {"top_p": 0.9}, {"temperature": 0.5, "top_k": 20}, {"min_p": 0.1}]
+    requests = [make_request([1, 2], id=str(i), **params) for i, params in enumerate(kinds)]
+    logits = torch.randn(len(kinds), 90, generator=torch.Generator().manual_seed(9)) * 2
+    assert sample_on_device(logits, requests) == sample_on_host(logits, requests)
+
+
 def test_what_cannot_be_drawn_from_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = torch.zeros(5, 2, dtype=torch.float64)
     with pytest.raises(ContractError, match=r"expected \[5, 3\]"):
         draw(torch.zeros(3, 4), settings, top_k=False, top_p=False)
-    monkeypatch.setattr(sampling, "MAX_COLUMNS", 3)
+    monkeypatch.setattr(sampling, "MAX_DRAWN_COLUMNS", 3)
     with pytest.raises(ContractError, match="rows of 4 scores; 1 to 3"):
         draw(torch.zeros(2, 4), settings, top_k=False, top_p=False)
     assert draw(torch.zeros(0, 2), settings[:, :0], top_k=True, top_p=True).shape == (0,)
