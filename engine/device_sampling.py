@@ -9,6 +9,7 @@ one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +41,20 @@ def draw(
 
         return torch.cat([sampling.draw(part.contiguous(), own, top_k=any_k, top_p=any_p) for part, own in parts])
     return torch.cat([_drawn(part, own, filtered=any_k or any_p) for part, own in parts])
+
+
+def warm_up(scores: Tensor) -> None:
+    """Draws in every way there is, so that the first request finds kernels compiled. scores [R, V] float32."""
+    rows = scores.shape[0]
+    for k, p in itertools.product((0, 1), (1.0, 0.5)):
+        draw(
+            scores,
+            temperature=[1.0] * rows,
+            min_p=[0.0] * rows,
+            top_k=[k] * rows,
+            top_p=[p] * rows,
+            numbers=[0.5] * rows,
+        )
 
 
 def _has_kernels(scores: Tensor) -> bool:

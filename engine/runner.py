@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dibit.engine import device_sampling
 from dibit.engine.batch import Batch, build_batch
 from dibit.engine.config import EngineConfig
 from dibit.engine.decode_graph import Capture, CudaCapture, DecodeGraphs
@@ -289,7 +290,9 @@ class ModelRunner:
                 block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
                 rows=torch.tensor([tokens - 1], device=device),
             )
-            self.decoder.logits(self.decoder.hidden(batch, self.cache, self._cos, self._sin))
+            logits = self.decoder.logits(self.decoder.hidden(batch, self.cache, self._cos, self._sin))
+        if logits.device.type != "cpu":
+            device_sampling.warm_up(logits)
         if isinstance(self._tapes, DecodeGraphs):
             log.info("%d CUDA graphs of decode steps captured", self._tapes.warm_up())
         return time.monotonic() - began

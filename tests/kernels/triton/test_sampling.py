@@ -137,6 +137,18 @@ def test_the_engine_draws_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     assert sample_on_device(logits, requests) == sample_on_host(logits, requests)
 
 
+def test_warming_up_launches_every_kernel_that_a_draw_may_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def record(scores: Tensor, settings: Tensor, *, top_k: bool, top_p: bool) -> Tensor:
+        asked.append((top_k, top_p))
+        return draw(scores, settings, top_k=top_k, top_p=top_p)
+
+    monkeypatch.setattr(sampling, "draw", record)
+    device_sampling.warm_up(torch.zeros(1, 10))
+    assert sorted(asked) == [(False, False), (False, True), (True, False), (True, True)]
+
+
 def test_what_cannot_be_drawn_from_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = torch.zeros(5, 2, dtype=torch.float64)
     with pytest.raises(ContractError, match=r"expected \[5, 3\]"):
