@@ -171,7 +171,7 @@ def load_widths(ttgir: str) -> dict[str, int]:
 
 def weight_conversions(ttgir: str, *, rows: int, columns: int) -> int:
     """Changes of layout, or stores to shared memory, of a weight operand [rows, columns] after it was loaded."""
-    tensor = rf"tensor<{rows}x{columns}x[if]16\b"
+    tensor = rf"tensor<{rows}x{columns}x(?:[if]16|i8)\b"
     return len(re.findall(rf"(?:convert_layout|local_alloc|local_store) %[^\n]*{tensor}", ttgir))
 
 

@@ -25,6 +25,7 @@ from dibit.kernels.triton.qlinear import (
     Runs,
     constants_of,
     finish,
+    integers_of,
     launch_runs,
     operands_of,
     plan_of,
@@ -40,7 +41,7 @@ MAX_JOINED_COLUMNS = 4096
 
 def product(x: Prepared, w: TritonQWeight, bias: Tensor | None) -> Runs:
     """x · dequantize(w)ᵀ + bias, its runs perhaps not added up; `x` was prepared for `w`."""
-    return launch_runs(x, w, plan_of(w, x.tokens), bias=bias)
+    return launch_runs(x, w, plan_of(w, x.tokens, integers=x.integers), bias=bias)
 
 
 def finished(runs: Runs) -> Tensor:
@@ -63,7 +64,7 @@ def norm_prepared(
 ) -> Prepared:
     """rms_norm(x (+ residual)) * norm for products with `w`; the sum is written over `residual` [M, K]."""
     tokens = x.shape[0] if isinstance(x, Tensor) else x.prepared.tokens
-    made = _room(w, tokens)
+    made = _room(w, tokens, activation_bits)
     if tokens:
         norm_prepare_kernel[(made.half.shape[0],)](
             *operands_of(x),
@@ -83,7 +84,7 @@ def norm_prepared(
 
 def silu_prepared(gate_up: Runs, w: TritonQWeight, *, activation_bits: int | None = None) -> Prepared:
     """silu(gate) * up of gate_up [M, 2 K] for products with `w`."""
-    made = _room(w, gate_up.prepared.tokens)
+    made = _room(w, gate_up.prepared.tokens, activation_bits)
     if made.tokens:
         silu_prepare_kernel[(made.half.shape[0],)](
             *operands_of(gate_up),
@@ -101,7 +102,7 @@ def attended_prepared(attended: Attended, w: TritonQWeight, *, activation_bits: 
     """The result of attention [M, H D] for products with `w`."""
     if attended.partial and row_block(w) > MAX_JOINED_COLUMNS:
         attended = joined(attended)
-    made = _room(w, attended.tokens)
+    made = _room(w, attended.tokens, activation_bits)
     if made.tokens:
         attended_prepare_kernel[(made.half.shape[0],)](
             attended.target,
@@ -129,8 +130,10 @@ def row_warps(block: int) -> int:
     return min(32, max(4, block // 256))
 
 
-def _room(w: TritonQWeight, tokens: int) -> Prepared:
-    return Prepared.empty(w, tokens, plan_of(w, tokens).padded_tokens(tokens))
+def _room(w: TritonQWeight, tokens: int, activation_bits: int | None) -> Prepared:
+    integers = integers_of(w, tokens, activation_bits)
+    padded = plan_of(w, tokens, integers=integers).padded_tokens(tokens)
+    return Prepared.empty(w, tokens, padded, integers=integers)
 
 
 def _sizes(made: Prepared, w: TritonQWeight) -> tuple[int, int, int, int, int]:

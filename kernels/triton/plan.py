@@ -6,15 +6,23 @@ products are added, and a token's bits must not depend on its company.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from dibit.kernels.formats import PER_CHANNEL, Format
 from dibit.kernels.triton.layout import TILE_ROWS, Geometry
 
 MAX_SPLITS = 16
 MIN_RUN_STEPS = 4
 PROGRAMS_PER_PROCESSOR = 3
 SIDE_BY_SIDE_TOKENS = 64
+INTEGER_TOKENS = 32
+"""Up to so many tokens memory is the limit, and integer products would be no faster."""
+_INTEGER_BITS = (4, 8)
+_INTEGER_COLUMNS = {80: 128, 90: math.inf, 100: 128}
+"""Of a group, at least, by architecture. Where float16 is fast, scaling costs what integer products save."""
+_EXACT = 1 << 24
 """Above this many tokens there are programs enough without computing the runs side by side."""
 
 
@@ -71,6 +79,24 @@ class Tuned:
     configs: Mapping[int, str] = field(default_factory=dict)
 
 
+def takes_integers(format: Format, geometry: Geometry, tokens: int, *, gpu: Gpu, activation_bits: int | None) -> bool:
+    """Whether activations rounded to `activation_bits` meet a weight on integer tensor cores.
+
+    Only where float32 holds the sums, so that products of fewer tokens, in float16, are the same to the bit; and where
+    a plane of a step fills an instruction's 32 columns. A row of 8-bit codes would need sums of activations by run.
+    """
+    if activation_bits is None or tokens <= INTEGER_TOKENS or format.bits not in _INTEGER_BITS:
+        return False
+    per_channel = format.group_size == PER_CHANNEL
+    if per_channel and format.bits == 8:
+        return False
+    if not per_channel and format.group_size < _INTEGER_COLUMNS.get(gpu.arch, 0):
+        return False
+    columns = geometry.columns if per_channel else format.group_size
+    exact = columns * format.qmax * (1 << (activation_bits - 1)) <= _EXACT
+    return exact and geometry.step_units >= 2 and geometry.groups_per_step == 1
+
+
 def runs(geometry: Geometry, padded_rows: int, *, processors: int) -> tuple[int, int]:
     """(splits, steps of a run): enough programs to keep `processors` busy, no run too short to fill a pipeline."""
     tiles = padded_rows // TILE_ROWS
@@ -80,12 +106,20 @@ def runs(geometry: Geometry, padded_rows: int, *, processors: int) -> tuple[int,
     return -(-geometry.steps // run), run
 
 
-def plan(geometry: Geometry, padded_rows: int, m: int, *, gpu: Gpu, tuned: Tuned | None = None) -> Plan:
-    """The plan of a product of `m` tokens with a weight of `padded_rows` rows on `gpu`."""
+def plan(
+    geometry: Geometry, padded_rows: int, m: int, *, gpu: Gpu, tuned: Tuned | None = None, integers: bool = False
+) -> Plan:
+    """The plan of a product of `m` tokens with a weight of `padded_rows` rows on `gpu`; `integers`: see
+    `takes_integers`."""
     splits, run = runs(geometry, padded_rows, processors=gpu.processors)
     if tuned is not None and tuned.splits is not None:
         run = -(-geometry.steps // min(tuned.splits, geometry.steps))
         splits = -(-geometry.steps // run)
+    partial = splits > 1 and m <= SIDE_BY_SIDE_TOKENS
+    if integers:
+        # Half as many reads of activations as with 64 rows; four warps for 128 rows would spill.
+        rows = 2 * TILE_ROWS if padded_rows % (2 * TILE_ROWS) == 0 else TILE_ROWS
+        return Plan(rows, 64, splits, run, partial, warps=rows // 16, stages=3)
     # Four warps on Hopper and data-centre Blackwell become a warpgroup, whose matrix instructions cost a step of few
     # tokens more instructions than the ordinary ones do (2.3 a 2-bit weight against 1.7) and, on Blackwell, a trip
     # through tensor memory for every plane; two warps cannot.
@@ -106,7 +140,7 @@ def plan(geometry: Geometry, padded_rows: int, m: int, *, gpu: Gpu, tuned: Tuned
         block_tokens=block_tokens,
         splits=splits,
         run=run,
-        partial=splits > 1 and m <= SIDE_BY_SIDE_TOKENS,
+        partial=partial,
         warps=2 if pairs else 8 if wide and block_tokens == 64 else 4,
         stages=4 if block_tokens <= 16 else 3,
     )

@@ -5,7 +5,8 @@ Activations are rounded to float16 with one power of two per token, so an output
     sum over k of |w| (2^-11 |x| + 2^-21 * 2^e)  +  float32 rounding of the sums,        max|x| < 2^(e + 15)
 
 With `activation_bits` they are the integers that the reference rounds to, which float16 holds: sums below 2^24, those
-of any group of 128, are exact, and only the scaling of groups and tokens rounds.
+of any group of 128, are exact, and only the scaling of groups and tokens rounds. Many tokens then meet weights of 4
+and 8 bits on integer tensor cores (`takes_integers` in plan.py), which make the same bits.
 
 A NaN or an infinity in a row of x makes the whole row of y NaN. Rows of y are the same bits for every M on one GPU.
 """
@@ -26,7 +27,7 @@ from dibit.kernels.triton.availability import gpu_of
 from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
 from dibit.kernels.triton.layout import TritonQWeight
-from dibit.kernels.triton.plan import Plan, plan
+from dibit.kernels.triton.plan import Plan, plan, takes_integers
 from dibit.kernels.triton.tuned_plans import key_of, tuned_for
 
 ASM = not triton.knobs.runtime.interpret
@@ -41,7 +42,7 @@ _REDUCE_BLOCK = 256
 
 @dataclass(frozen=True)
 class Prepared:
-    """Activations of `tokens` tokens as device/prepare.py makes them."""
+    """Activations of `tokens` tokens as device/prepare.py makes them; `half` is int8 for integer products."""
 
     half: Tensor
     sums: Tensor
@@ -49,15 +50,20 @@ class Prepared:
     tokens: int
 
     @classmethod
-    def empty(cls, w: TritonQWeight, tokens: int, padded_tokens: int) -> Prepared:
+    def empty(cls, w: TritonQWeight, tokens: int, padded_tokens: int, *, integers: bool = False) -> Prepared:
         """Room for products with `w`."""
         geometry, device = w.geometry, w.codes.device
+        dtype = torch.int8 if integers else torch.float16
         return cls(
-            torch.empty(padded_tokens, geometry.columns, dtype=torch.float16, device=device),
+            torch.empty(padded_tokens, geometry.columns, dtype=dtype, device=device),
             torch.empty(geometry.groups, padded_tokens, dtype=torch.float32, device=device),
             torch.empty(padded_tokens, dtype=torch.float32, device=device),
             tokens,
         )
+
+    @property
+    def integers(self) -> bool:
+        return self.half.dtype == torch.int8
 
 
 def qmax_of(activation_bits: int | None) -> int:
@@ -65,9 +71,11 @@ def qmax_of(activation_bits: int | None) -> int:
     return 0 if activation_bits is None else (1 << (check_activation_bits(activation_bits) - 1)) - 1
 
 
-def prepare(x: Tensor, w: TritonQWeight, *, padded_tokens: int, activation_bits: int | None = None) -> Prepared:
+def prepare(
+    x: Tensor, w: TritonQWeight, *, padded_tokens: int, activation_bits: int | None = None, integers: bool = False
+) -> Prepared:
     """x [M, K] for products with `w` (or with any weight of its format and K)."""
-    made, geometry = Prepared.empty(w, x.shape[0], padded_tokens), w.geometry
+    made, geometry = Prepared.empty(w, x.shape[0], padded_tokens, integers=integers), w.geometry
     prepare_kernel[(padded_tokens,)](
         x,
         made.half,
@@ -115,15 +123,24 @@ def qlinear(
     y = torch.empty(x.shape[0], w.n, dtype=x.dtype, device=x.device) if out is None else out
     if x.shape[0] == 0:
         return y
-    chosen = plan_of(w, x.shape[0])
-    prepared = prepare(x, w, padded_tokens=chosen.padded_tokens(x.shape[0]), activation_bits=activation_bits)
+    integers = integers_of(w, x.shape[0], activation_bits)
+    chosen = plan_of(w, x.shape[0], integers=integers)
+    padded = chosen.padded_tokens(x.shape[0])
+    prepared = prepare(x, w, padded_tokens=padded, activation_bits=activation_bits, integers=integers)
     return multiply(prepared, w, chosen, y, bias=bias, residual=residual)
 
 
-def plan_of(w: TritonQWeight, tokens: int) -> Plan:
+def integers_of(w: TritonQWeight, tokens: int, activation_bits: int | None) -> bool:
+    """Whether such products with `w` are integer ones, on the GPU that holds it."""
+    gpu = gpu_of(w.codes.device)
+    return takes_integers(w.format, w.geometry, tokens, gpu=gpu, activation_bits=activation_bits)
+
+
+def plan_of(w: TritonQWeight, tokens: int, *, integers: bool = False) -> Plan:
     """How a product of `tokens` tokens with `w` is cut, on the GPU that holds it."""
     device = w.codes.device
-    return plan(w.geometry, w.padded_rows, tokens, gpu=gpu_of(device), tuned=tuned_for(device, key_of(w)))
+    tuned = tuned_for(device, key_of(w))
+    return plan(w.geometry, w.padded_rows, tokens, gpu=gpu_of(device), tuned=tuned, integers=integers)
 
 
 @dataclass(frozen=True)

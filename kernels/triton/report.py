@@ -10,7 +10,7 @@ from dibit.kernels.triton import layout
 from dibit.kernels.triton.aot import Compiled, compile_kernel, weight_conversions
 from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
-from dibit.kernels.triton.plan import Gpu, Plan, plan
+from dibit.kernels.triton.plan import Gpu, Plan, plan, takes_integers
 from dibit.kernels.triton.report_fused import FUSED
 from dibit.kernels.triton.report_model import GPUS, LAUNCH_US, GpuModel, KernelReport, predicted
 from dibit.kernels.triton.report_small import SMALL
@@ -21,18 +21,26 @@ SHAPE = (14336, 4096)
 
 @dataclass(frozen=True)
 class Product:
-    """A low-bit product of the report: `tokens` activations with a weight of `shape` [N, K] in `format`."""
+    """A low-bit product of the report: `tokens` activations with a weight of `shape` [N, K] in `format`; what rounding
+    to `activation_bits` changes of it."""
 
     format: Format
     tokens: int
     shape: tuple[int, int] = SHAPE
+    activation_bits: int | None = None
 
     @property
     def name(self) -> str:
-        return f"qlinear {self.format.name} M{self.tokens}"
+        rounded = "" if self.activation_bits is None else f" a{self.activation_bits}"
+        return f"qlinear {self.format.name}{rounded} M{self.tokens}"
 
     def plan(self, gpu: GpuModel) -> Plan:
-        return plan(self.geometry, self.padded_rows, self.tokens, gpu=Gpu(gpu.processors, gpu.arch))
+        known, integers = Gpu(gpu.processors, gpu.arch), self.integers(gpu.arch)
+        return plan(self.geometry, self.padded_rows, self.tokens, gpu=known, integers=integers)
+
+    def integers(self, arch: int) -> bool:
+        gpu = Gpu(1, arch)
+        return takes_integers(self.format, self.geometry, self.tokens, gpu=gpu, activation_bits=self.activation_bits)
 
     @property
     def padded_rows(self) -> int:
@@ -47,6 +55,11 @@ PRODUCTS = (
     *(Product(Format(bits, 128), tokens) for bits in (2, 3, 4, 8) for tokens in (1, 16)),
     *(Product(Format(bits, group), 1) for bits in (2, 3, 4) for group in (32, 64, PER_CHANNEL)),
     *(Product(Format(bits, 128), tokens) for bits in (2, 3, 4) for tokens in (64, 256)),
+    *(
+        Product(weight, tokens, activation_bits=8)
+        for weight in (Format(4, 128), Format(4, PER_CHANNEL), Format(8, 128), Format(8, 64))
+        for tokens in (64, 256)
+    ),
 )
 
 
@@ -57,7 +70,7 @@ def compile_product(product: Product, chosen: Plan, arch: int) -> Compiled:
     return compile_kernel(
         qlinear_kernel,
         types={
-            "half": "*fp16",
+            "half": "*i8" if product.integers(arch) else "*fp16",
             "sums": "*fp32",
             "factors": "*fp32",
             "codes": "*i16",
@@ -106,7 +119,7 @@ def report_product(product: Product, gpu: GpuModel) -> KernelReport:
     if made.loop is not None:
         per_weight = made.loop.instructions * 32 * chosen.warps / (chosen.block_rows * geometry.step_columns)
     weight_bytes = layout.nbytes(product.format, n, k)
-    inputs = product.tokens * k * 2 + geometry.groups * product.tokens * 4
+    inputs = product.tokens * k * (1 if product.integers(gpu.arch) else 2) + geometry.groups * product.tokens * 4
     outputs = product.tokens * n * 4
     moved = weight_bytes + inputs + outputs * (chosen.splits if chosen.partial else 1)
     return predicted(
@@ -118,6 +131,7 @@ def report_product(product: Product, gpu: GpuModel) -> KernelReport:
         minimum=weight_bytes + inputs + outputs,
         instructions=0.0 if per_weight is None else per_weight * passes * n * geometry.columns,
         products=float(n * geometry.columns * chosen.padded_tokens(product.tokens)),
+        integers=product.integers(gpu.arch),
         weight_load_bytes=made.load_bytes.get("i16"),
         conversions=weight_conversions(made.ttgir, rows=chosen.block_rows, columns=geometry.step_units * 16),
         per_weight=per_weight,

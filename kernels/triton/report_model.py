@@ -4,7 +4,8 @@ The prediction of a launch is the largest of these times, and the launch itself:
 
     bytes / bandwidth        every byte of weights, scales, zero points, activations and outputs, once
     instructions / rate      weights * instructions per weight / (128 lanes * processors * clock)
-    products / tensor rate   2 * tokens * rows * columns / the rate of float16 with float32 sums, padding included
+    products / tensor rate   2 * tokens * rows * columns / the rate of float16 with float32 sums, or of int8 where the
+                             product is one of integers; padding included
     bytes / a program's      where one program reads a row by itself: ROW_BYTES_PER_CLOCK of its processor's clock
     LAUNCH_US                from the end of one kernel to the start of the next in a CUDA graph
 
@@ -53,6 +54,7 @@ class GpuModel:
     clock_ghz: float
     bandwidth_gb_s: float
     tensor_tflops: float
+    integer_tops: float
 
     def row_us(self, row_bytes: float) -> float:
         """A launch whose programs read and write `row_bytes` each."""
@@ -65,13 +67,13 @@ class GpuModel:
 
 
 GPUS = (
-    GpuModel("RTX 3060", 86, 28, 1.78, 360, 25.6),
-    GpuModel("RTX A6000", 86, 84, 1.80, 768, 154.8),
-    GpuModel("RTX 4090", 89, 128, 2.52, 1008, 165.2),
-    GpuModel("A100", 80, 108, 1.41, 2039, 312),
-    GpuModel("H100", 90, 132, 1.83, 3350, 989),
-    GpuModel("B200", 100, 148, 1.86, 8000, 2250),
-    GpuModel("RTX 5090", 120, 170, 2.41, 1792, 209.5),
+    GpuModel("RTX 3060", 86, 28, 1.78, 360, 25.6, 102),
+    GpuModel("RTX A6000", 86, 84, 1.80, 768, 154.8, 309.7),
+    GpuModel("RTX 4090", 89, 128, 2.52, 1008, 165.2, 660.6),
+    GpuModel("A100", 80, 108, 1.41, 2039, 312, 624),
+    GpuModel("H100", 90, 132, 1.83, 3350, 989, 1979),
+    GpuModel("B200", 100, 148, 1.86, 8000, 2250, 4500),
+    GpuModel("RTX 5090", 120, 170, 2.41, 1792, 209.5, 838),
 )
 ARCHS = tuple(sorted({gpu.arch for gpu in GPUS}))
 
@@ -164,6 +166,7 @@ def predicted(
     minimum: int,
     instructions: float = 0.0,
     products: float = 0.0,
+    integers: bool = False,
     weight_load_bytes: int | None = None,
     conversions: int = 0,
     per_weight: float | None = None,
@@ -171,9 +174,10 @@ def predicted(
     row_bytes: float = 0.0,
 ) -> KernelReport:
     """The row of a compiled kernel whose launch moves `moved` bytes, issues `instructions` of a lane and multiplies
-    `products` pairs; `row_bytes` where a program moves so many by itself."""
+    `products` pairs, of `integers` or of float16; `row_bytes` where a program moves so many by itself."""
     rate = LANES * gpu.processors * gpu.clock_ghz * 1e3
-    times = (moved / (gpu.bandwidth_gb_s * 1e3), instructions / rate, 2 * products / (gpu.tensor_tflops * 1e6))
+    tensor_rate = gpu.integer_tops if integers else gpu.tensor_tflops
+    times = (moved / (gpu.bandwidth_gb_s * 1e3), instructions / rate, 2 * products / (tensor_rate * 1e6))
     time_us = max(max(times) + LAUNCH_US, gpu.row_us(row_bytes))
     # Registers are handed out to a warp in units of 256; a kilobyte of shared memory is the system's.
     by_registers = REGISTER_FILE // (-(-made.registers * 32 // 256) * 256 * warps)

@@ -11,6 +11,7 @@ infinity stays one and makes the token's whole row of the product NaN.
 
 With QMAX, 2^(bits - 1) - 1 of rounded activations, a token's numbers are the integers of `quantize_activations`
 instead, and its factor is their scale. Integers up to 127 are float16 numbers: the same product multiplies them.
+Where `half` is int8 they are stored as they are, for integer products.
 """
 
 from __future__ import annotations
@@ -71,6 +72,20 @@ def plane_shifts(at, BITS: tl.constexpr):
 
 
 @triton.jit
+def store_operand(operand, half, at, inside, BITS: tl.constexpr):
+    """Store a row's operands at the columns `at`; returns what was stored, the planes' shifts undone."""
+    if half.dtype.element_ty == tl.int8:
+        tl.store(half + at, operand.to(tl.int8), mask=inside)
+        return operand
+    else:
+        shift = plane_shifts(at, BITS)
+        # 16-bit rounding first: the quotient by the plane's shift is then exact for all but the tiniest values.
+        h = (operand / shift).to(tl.float16)
+        tl.store(half + at, h, mask=inside)
+        return h.to(tl.float32) * shift
+
+
+@triton.jit
 def prepare_kernel(
     x,
     half,
@@ -107,11 +122,8 @@ def prepare_kernel(
     for start in range(0, KP, BLOCK):
         at = start + k
         v = tl.load(row + at, mask=(at < K) & (m < M), other=0.0).to(tl.float32)
-        shift = plane_shifts(at, BITS)
-        # 16-bit rounding first: the quotient by the plane's shift is then exact for all but the tiniest values.
-        h = (operand_of(v, largest, factor, QMAX) / shift).to(tl.float16)
-        tl.store(half + m.to(tl.int64) * KP + at, h, mask=at < KP)
-        back = h.to(tl.float32) * shift
+        operand = operand_of(v, largest, factor, QMAX)
+        back = store_operand(operand, half + m.to(tl.int64) * KP, at, at < KP, BITS)
         if GROUP == 0:
             total += tl.sum(back, 0)
         else:
@@ -145,10 +157,8 @@ def store_prepared(
     largest = tl.max(tl.abs(v), 0)
     factor = factor_of(largest, tl.sum(poison_of(v), 0) if QMAX > 0 else 0.0, QMAX)
     tl.store(factors + m, factor)
-    shift = plane_shifts(at, BITS)
-    h = (operand_of(v, largest, factor, QMAX) / shift).to(tl.float16)
-    tl.store(half + m.to(tl.int64) * KP + at, h, mask=at < KP)
-    back = h.to(tl.float32) * shift
+    operand = operand_of(v, largest, factor, QMAX)
+    back = store_operand(operand, half + m.to(tl.int64) * KP, at, at < KP, BITS)
     if GROUP == 0:
         tl.store(sums + m, tl.sum(back, 0))
     else:

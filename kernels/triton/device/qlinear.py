@@ -9,6 +9,9 @@ Scales and zero points meet the sum of a group, not its weights:
 Splits: the columns are cut into `splits` runs of whole steps, a function of the weight's shape alone. For few tokens
 the runs are computed side by side and added by `reduce_kernel` in ascending order; for many, one program computes
 them one after another and adds them in the same order. So a token's bits do not depend on how many tokens there are.
+
+Integer products (`half` is int8) multiply codes and rounded activations on integer tensor cores. Their int32 sums are
+those that the float16 products make of the same integers exactly, below 2^24; everything after is the same.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dibit.kernels.triton.device.unpack import last_plane_3, planes_2, planes_3, planes_4, planes_8
+from dibit.kernels.triton.device.unpack import bytes_4, bytes_8, last_plane_3, planes_2, planes_3, planes_4, planes_8
+
+SUBNORMALS = tl.constexpr(16777216.0)
+"""2^24: what a plane's subnormal numbers are codes by."""
 
 
 @triton.jit
@@ -42,16 +48,18 @@ def step_planes(words, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def scaled(part, sums, scales, zeros, g, n, m, NP, MP, ZERO_BASE: tl.constexpr, ZERO_STEP: tl.constexpr):
-    """A group's share of the output [BN, BM] from its product with the codes."""
+def scaled(
+    part, sums, scales, zeros, g, n, m, NP, MP, ZERO_BASE: tl.constexpr, ZERO_STEP: tl.constexpr, UNITS: tl.constexpr
+):
+    """A group's share of the output [BN, BM] from its product with the codes, which is `part` times UNITS."""
     scale = tl.load(scales + g * NP + n).to(tl.float32)
     zero = tl.load(zeros + g * NP + n).to(tl.float32) * ZERO_STEP + ZERO_BASE
     total = tl.load(sums + g * MP + m)
-    return part * (scale * 16777216.0)[:, None] - (scale * zero)[:, None] * total[None, :]
+    return part * (scale * UNITS)[:, None] - (scale * zero)[:, None] * total[None, :]
 
 
 @triton.jit
-def run_of_steps(
+def half_run(
     words,
     columns,
     sums,
@@ -73,7 +81,7 @@ def run_of_steps(
     BM: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Product [BN, BM] over steps first .. last - 1, scaled by group; codes only when PER_CHANNEL."""
+    """run_of_steps with float16 columns."""
     SETS: tl.constexpr = 3 if BITS == 3 else 1
     PLANES: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     PER_GROUP: tl.constexpr = PLANES // GROUPS_PER_STEP
@@ -89,8 +97,79 @@ def run_of_steps(
                 part = tl.zeros((BN, BM), tl.float32)
                 for p in tl.static_range(PER_GROUP):
                     part = tl.dot(planes[g * PER_GROUP + p], tl.load(at + (g * PER_GROUP + p) * 16), part)
-                acc += scaled(part, sums, scales, zeros, step * GROUPS_PER_STEP + g, n, m, NP, MP, ZERO_BASE, ZERO_STEP)
+                acc += scaled(
+                    part, sums, scales, zeros, step * GROUPS_PER_STEP + g, n, m, NP, MP,
+                    ZERO_BASE, ZERO_STEP, SUBNORMALS,
+                )  # fmt: skip
     return acc
+
+
+@triton.jit
+def integer_run(
+    words,
+    columns,
+    sums,
+    scales,
+    zeros,
+    n,
+    m,
+    NP,
+    MP,
+    first,
+    last,
+    BITS: tl.constexpr,
+    STEP_UNITS: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    ZERO_BASE: tl.constexpr,
+    ZERO_STEP: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """half_run with int8 columns, 4 or 8 bits, a group a step; PER_CHANNEL at 4 bits only, whose codes need no sums."""
+    PLANES: tl.constexpr = 16 // BITS
+    acc = tl.zeros((BN, BM), tl.float32)
+    part = tl.zeros((BN, BM), tl.int32)
+    for step in range(first, last):
+        w = tl.load(words + step * (STEP_UNITS * 1024), eviction_policy="evict_first")
+        at = columns + step * (STEP_UNITS * PLANES * 16)
+        if BITS == 4:
+            planes = bytes_4(w, ASM)
+        else:
+            planes = bytes_8(w, ASM)
+        if not PER_CHANNEL:
+            part = tl.zeros((BN, BM), tl.int32)
+        if BITS == 8:
+            # What the codes lost to be int8.
+            part += (tl.load(sums + step * MP + m) * 128.0).to(tl.int32)[None, :]
+        for p in tl.static_range(PLANES):
+            part = tl.dot(planes[p], tl.load(at + p * 16), part, out_dtype=tl.int32)
+        if not PER_CHANNEL:
+            acc += scaled(
+                part.to(tl.float32), sums, scales, zeros, step, n, m, NP, MP, ZERO_BASE, ZERO_STEP, 1.0
+            )  # fmt: skip
+    if PER_CHANNEL:
+        acc = part.to(tl.float32) / SUBNORMALS
+    return acc
+
+
+@triton.jit
+def run_of_steps(
+    words, columns, sums, scales, zeros, n, m, NP, MP, first, last,
+    BITS: tl.constexpr, STEP_UNITS: tl.constexpr, GROUPS_PER_STEP: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    ZERO_BASE: tl.constexpr, ZERO_STEP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Product [BN, BM] over steps first .. last - 1, scaled by group; codes times 2^-24 only when PER_CHANNEL."""
+    if columns.dtype.element_ty == tl.int8:
+        return integer_run(
+            words, columns, sums, scales, zeros, n, m, NP, MP, first, last,
+            BITS, STEP_UNITS, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BN, BM, ASM,
+        )  # fmt: skip
+    else:
+        return half_run(
+            words, columns, sums, scales, zeros, n, m, NP, MP, first, last,
+            BITS, STEP_UNITS, GROUPS_PER_STEP, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BN, BM, ASM,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -171,7 +250,7 @@ def qlinear_kernel(
         tl.store(y + tl.program_id(2).to(tl.int64) * M * N + out, total, mask=inside)
     else:
         if PER_CHANNEL:
-            total = scaled(total, sums, scales, zeros, 0, n, m, NP, MP, ZERO_BASE, ZERO_STEP)
+            total = scaled(total, sums, scales, zeros, 0, n, m, NP, MP, ZERO_BASE, ZERO_STEP, SUBNORMALS)
         total *= tl.load(factors + m)[None, :]
         if BIAS:
             total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -211,7 +290,7 @@ def finished(
         if PER_CHANNEL:
             scale = tl.load(scales + n, mask=inside, other=0.0).to(tl.float32)
             zero = tl.load(zeros + n, mask=inside, other=0.0).to(tl.float32) * ZERO_STEP + ZERO_BASE
-            total = total * (scale * 16777216.0) - (scale * zero) * tl.load(sums + m, mask=m < M, other=0.0)
+            total = total * (scale * SUBNORMALS) - (scale * zero) * tl.load(sums + m, mask=m < M, other=0.0)
         total *= tl.load(factors + m, mask=m < M, other=0.0)
         if BIAS:
             total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)

@@ -4,6 +4,9 @@ Each plane costs one AND for two weights, and one shift serves two planes: a mas
 float16, never converted. With ASM the words are taken as 32-bit registers that hold two neighbouring columns, which
 is what a matrix instruction's operand is; LLVM does not find that pairing by itself and needs twice the instructions.
 Without it the same is said in plain operations, which the interpreter can run.
+
+For integer products planes are int8: the bytes of four words are gathered in two registers first, so that every mask
+serves four weights.
 """
 
 from __future__ import annotations
@@ -121,3 +124,45 @@ def last_plane_3(a, b, c, ASM: tl.constexpr):
         )
     else:
         return as_half(((a >> 15) & 1) | ((b >> 14) & 2) | ((c >> 13) & 4))
+
+
+@triton.jit
+def bytes_4(w, ASM: tl.constexpr):
+    """The four planes of 4-bit words as int8 codes."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 l, h, i, j;
+            prmt.b32 l, $4, $5, 0x6420; prmt.b32 h, $4, $5, 0x7531;
+            and.b32 $0, l, 0x0f0f0f0f; shr.u32 i, l, 4; and.b32 $1, i, 0x0f0f0f0f;
+            and.b32 $2, h, 0x0f0f0f0f; shr.u32 j, h, 4; and.b32 $3, j, 0x0f0f0f0f; }""",
+            "=&r,=&r,=&r,=&r,r,r",
+            [w],
+            dtype=(tl.int8,) * 4,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return (
+            (w & 0xF).to(tl.int8),
+            ((w >> 4) & 0xF).to(tl.int8),
+            ((w >> 8) & 0xF).to(tl.int8),
+            ((w >> 12) & 0xF).to(tl.int8),
+        )
+
+
+@triton.jit
+def bytes_8(w, ASM: tl.constexpr):
+    """The two planes of 8-bit words as int8, codes minus 128."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 l, h;
+            prmt.b32 l, $2, $3, 0x6420; xor.b32 $0, l, 0x80808080;
+            prmt.b32 h, $2, $3, 0x7531; xor.b32 $1, h, 0x80808080; }""",
+            "=&r,=&r,r,r",
+            [w],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return ((w & 0xFF) - 128).to(tl.int8), (((w >> 8) & 0xFF) - 128).to(tl.int8)

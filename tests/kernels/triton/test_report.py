@@ -72,8 +72,10 @@ def test_batch_1_is_bound_by_memory_on_ampere_and_hopper() -> None:
 
 
 def test_few_tokens_and_every_other_kernel_on_a_small_gpu() -> None:
-    rows = reported("('RTX 3060',)", "[Product(Format(4, 128), 16)]", "OTHERS")
-    assert len(rows) == 1 + len(report.OTHERS)
+    products = "[Product(Format(4, 128), 16), Product(Format(4, 128), 64, activation_bits=8)]"
+    rows = reported("('RTX 3060',)", products, "OTHERS")
+    assert len(rows) == 2 + len(report.OTHERS)
+    assert [row.kernel for row in rows[:2]] == ["qlinear int4-g128 M16", "qlinear int4-g128 a8 M64"]
     assert [fault for row in rows for fault in faults(row)] == []
 
 
