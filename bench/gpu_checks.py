@@ -20,9 +20,13 @@ from dibit.kernels.embedding import embedding_reference
 from dibit.kernels.formats import BITS, PER_CHANNEL, Format, QTensor, dequantize, zero_points
 from dibit.kernels.kv import INT4, INT8, load_rows, row_width, store_rows
 from dibit.kernels.norm import add_rms_norm_reference
+from dibit.kernels.qlinear import quantize_activations
 from dibit.kernels.rope import rope_kv_write_reference
 from dibit.kernels.triton import attention, fused, qlinear, small
 from dibit.kernels.triton.layout import pack
+
+ROUNDED = (Format(4, 128), Format(4, PER_CHANNEL), Format(8, 64), Format(8, 128), Format(2, 64))
+"""Weights of the products of rounded activations: all that integer tensor cores multiply, and one that they do not."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ def run_checks(device: torch.device, *, tokens: tuple[int, ...] = (1, 3, 8, 17, 
         for group in (32, 64, 128, PER_CHANNEL):
             fmt = Format(bits, group)
             yield _attempt(f"qlinear {fmt.name}", lambda fmt=fmt: _product(fmt, device, tokens))  # type: ignore[misc]
+    for fmt in ROUNDED:
+        yield _attempt(f"rounded activations {fmt.name}", lambda fmt=fmt: _rounded(fmt, device, tokens))  # type: ignore[misc]
     yield _attempt("paged attention, decoding", lambda: _attention([700, 33, 1], [1, 1, 1], device))
     yield _attempt("paged attention, chunks", lambda: _attention([90, 70, 40], [90, 6, 1], device))
     for name, keys, values in (("int8", INT8, INT8), ("k8v4", INT8, INT4), ("int4", INT4, INT4)):
@@ -96,6 +102,25 @@ def _product(fmt: Format, device: torch.device, tokens: tuple[int, ...]) -> str:
             differing.append(m)
     invariance = f"; bits differ from M {max(tokens)} at M {differing}" if differing else "; same bits at every M"
     return f"error {worst:.2f} of the bound{invariance}"
+
+
+def _rounded(fmt: Format, device: torch.device, tokens: tuple[int, ...]) -> str:
+    """Sums of integers are exact, so that integer and float16 products, and every M, must agree to the bit."""
+    n, k = 192, 1024
+    w = random_weight(n, k, fmt, device)
+    packed = pack(w)
+    x = torch.randn(max(tokens), k, device=device)
+    together = qlinear.qlinear(x, packed, activation_bits=8)
+    rounded = quantize_activations(x, bits=8).double()
+    codes = w.codes.reshape(n, fmt.groups(k), -1).double() + zero_points(w.zeros, fmt).double()[..., None]
+    terms = (codes * w.scales.double()[..., None]).reshape(n, k)
+    limit = rounded.abs() @ terms.T * 2.0**-23 * (fmt.groups(k) + 6)
+    share = _within(together, rounded @ dequantize(w).double().T, limit)
+    for m in tokens:
+        if not torch.equal(qlinear.qlinear(x[:m].contiguous(), packed, activation_bits=8), together[:m]):
+            raise AssertionError(f"bits at M {m} are not those at M {max(tokens)}")
+    counts = [m for m in tokens if qlinear.integers_of(packed, m, 8)]
+    return f"error {share:.2f} of the bound; same bits at every M" + (f", M {counts} with integers" if counts else "")
 
 
 def _codes(keys: torch.dtype, values: torch.dtype, device: torch.device) -> str:
