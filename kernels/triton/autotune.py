@@ -15,7 +15,7 @@ import torch
 import triton
 
 from dibit.kernels.triton.layout import TritonQWeight
-from dibit.kernels.triton.plan import CONFIGS, MAX_SPLITS, Gpu, Plan, Tuned, configured, plan
+from dibit.kernels.triton.plan import CONFIGS, MAX_SPLITS, Gpu, Plan, Tuned, configured, fits, plan
 from dibit.kernels.triton.qlinear import multiply, prepare
 from dibit.kernels.triton.tuned_plans import key_of
 
@@ -41,7 +41,7 @@ def tune(w: TritonQWeight, time: Time, *, gpu: Gpu) -> Tuned:
     configs: dict[int, str] = {}
     for tokens in BUCKETS:
         chosen = cut(tokens, Tuned(best))
-        fitting = {n: configured(chosen, c) for n, c in CONFIGS.items() if w.padded_rows % c.block_rows == 0}
+        fitting = {n: configured(chosen, c) for n, c in CONFIGS.items() if fits(n, chosen, w.padded_rows, gpu=gpu)}
         name = _fastest(chosen, fitting, tokens, time)
         if name is not None:
             configs[chosen.block_tokens] = name

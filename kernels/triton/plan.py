@@ -23,6 +23,8 @@ _INTEGER_BITS = (4, 8)
 _INTEGER_COLUMNS = {80: 128, 90: math.inf, 100: 128}
 """Of a group, at least, by architecture. Where float16 is fast, scaling costs what integer products save."""
 _EXACT = 1 << 24
+WARPGROUPS = range(90, 120)
+"""Architectures whose matrix instructions may be four warps'."""
 """Above this many tokens there are programs enough without computing the runs side by side."""
 
 
@@ -123,7 +125,7 @@ def plan(
     # Four warps on Hopper and data-centre Blackwell become a warpgroup, whose matrix instructions cost a step of few
     # tokens more instructions than the ordinary ones do (2.3 a 2-bit weight against 1.7) and, on Blackwell, a trip
     # through tensor memory for every plane; two warps cannot.
-    warpgroups = 90 <= gpu.arch < 120
+    warpgroups = gpu.arch in WARPGROUPS
     # Several groups a step hold several scales and sums at once, which the registers must have room for.
     several = geometry.groups_per_step > 2
     most = 16 if several and warpgroups else 32 if several or 100 <= gpu.arch < 120 else 64
@@ -145,7 +147,15 @@ def plan(
         stages=4 if block_tokens <= 16 else 3,
     )
     name = None if tuned is None else tuned.configs.get(block_tokens)
-    return chosen if name is None else configured(chosen, CONFIGS[name])
+    return chosen if name is None or not fits(name, chosen, padded_rows, gpu=gpu) else configured(chosen, CONFIGS[name])
+
+
+def fits(name: str, chosen: Plan, padded_rows: int, *, gpu: Gpu) -> bool:
+    """Whether a configuration cuts a weight of `padded_rows` rows evenly and computes with the instructions that
+    `chosen` would: warpgroups' may round otherwise, and a token's bits must not depend on its company."""
+    config = CONFIGS[name]
+    same = gpu.arch not in WARPGROUPS or chosen.block_tokens == 8 or (config.warps < 4) == (chosen.warps < 4)
+    return same and padded_rows % config.block_rows == 0
 
 
 def configured(chosen: Plan, config: Config) -> Plan:

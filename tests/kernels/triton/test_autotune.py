@@ -89,6 +89,21 @@ def test_every_configuration_computes_the_same_bits() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+def test_warpgroups_are_not_swapped_for_warps() -> None:
+    """Their instructions may round otherwise, and a token in a step of 16 would not be what it is in one of 1."""
+    w, h100 = packed(128, 2048, Format(4, 128)), Gpu(processors=132, arch=90)
+    found = tune(w, lambda chosen, tokens: 50.0 if chosen.warps == (4 if tokens <= 32 else 2) else 100.0, gpu=h100)
+    for tokens in (16, 32, 64):
+        usual, chosen = (plan(w.geometry, 128, tokens, gpu=h100, tuned=tuned) for tuned in (None, found))
+        assert (usual.warps < 4) == (chosen.warps < 4)
+    assert plan(w.geometry, 128, 16, gpu=h100, tuned=Tuned(None, {16: "wide"})).warps == 2
+
+
+def test_a_kept_plan_that_would_leave_rows_out_is_not_used() -> None:
+    w = packed(64, 512, Format(4, 64))
+    assert plan(w.geometry, 64, 1, gpu=A100, tuned=Tuned(None, {8: "wide"})).block_rows == 64
+
+
 def test_shapes_once_largest_first_until_the_time_is_up() -> None:
     weights = [packed(64, k, Format(4, 64)) for k in (256, 512, 256)]
     told: list[str] = []
