@@ -96,6 +96,20 @@ def test_of_ties_top_p_takes_the_lower_ids_and_top_k_all(number: float) -> None:
     assert drawn(scores, filters, [number] * 3) == [likeliest[math.floor(number * rank)] for rank in ranks]
 
 
+def test_ties_that_top_p_leaves_out_do_not_count_before_a_likelier_token(small_blocks: None) -> None:
+    scores = torch.zeros(2, 250)
+    scores[:, 240] = 1.0
+    # 0.8 of the whole: the last token in question is likelier than all others, and 199 of these stay.
+    filters = [(1.0, 0.0, 0, 0.8)] * 2
+    assert drawn(scores, filters, [0.995, 0.98]) == [240, 197]
+
+
+@pytest.mark.parametrize(("filters", "left"), [((1.0, 0.0, 3, 1.0), [1, 3, 4]), ((1.0, 1.0, 0, 1.0), [1, 4])])
+def test_what_is_at_the_bar_stays_where_no_row_has_top_p(filters: Filters, left: list[int]) -> None:
+    scores = torch.tensor([[0.0, 2.0, -1.0, 1.9, 2.0, 0.5]]).expand(8, -1).contiguous()
+    assert set(drawn(scores, [filters] * 8, [(i + 0.5) / 8 for i in range(8)])) == set(left)
+
+
 def test_impossible_tokens_are_never_drawn() -> None:
     scores = torch.full((2, 1100), -math.inf)
     scores[:, 1050] = -4.0
@@ -118,7 +132,7 @@ def test_a_row_does_not_depend_on_what_others_ask() -> None:
 
 
 def test_frequencies_follow_the_distribution() -> None:
-    count = 40
+    count = 24
     scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.5]).expand(count, -1).contiguous()
     # Evenly spread numbers: each token comes as often as its share, to within one.
     tokens = drawn(scores, [OPEN] * count, [(i + 0.5) / count for i in range(count)])
