@@ -40,6 +40,8 @@ RECORDED: Mapping[str, Mapping[int, float]] = {
     "qlinear int4-g128 M16": {86: 1.9, 89: 1.87, 80: 1.87, 90: 1.67, 100: 1.48, 120: 1.88},
     "qlinear int8-g128 M1": {86: 1.7, 89: 1.7, 80: 1.7, 90: 1.67, 100: 1.58, 120: 1.7},
     "qlinear int8-g128 M16": {86: 2.09, 89: 2.06, 80: 2.06, 90: 1.89, 100: 1.75, 120: 2.05},
+    "qlinear int4-g128 a8 M64": {86: 4.48, 89: 4.42, 80: 4.42, 90: 4.17, 100: 3.72, 120: 4.45},
+    "qlinear int4-channel a8 M64": {86: 1.95, 89: 1.95, 80: 1.95, 90: 1.86, 100: 1.95, 120: 1.95},
 }
 """Instructions a weight at the time of writing (Triton 3.7.1); a change for the worse is a fault."""
 
