@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dibit.engine import draw
+from dibit.engine.config import SamplingParams
 from dibit.kernels.activation import silu_mul_reference
 from dibit.kernels.argmax import argmax_reference
 from dibit.kernels.attention import paged_attention_reference
@@ -22,7 +24,7 @@ from dibit.kernels.kv import INT4, INT8, load_rows, row_width, store_rows
 from dibit.kernels.norm import add_rms_norm_reference
 from dibit.kernels.qlinear import quantize_activations
 from dibit.kernels.rope import rope_kv_write_reference
-from dibit.kernels.triton import attention, fused, qlinear, small
+from dibit.kernels.triton import attention, fused, qlinear, sampling, small
 from dibit.kernels.triton.layout import pack
 
 ROUNDED = (Format(4, 128), Format(4, PER_CHANNEL), Format(8, 64), Format(8, 128), Format(2, 64))
@@ -62,6 +64,7 @@ def run_checks(device: torch.device, *, tokens: tuple[int, ...] = (1, 3, 8, 17, 
         yield _attempt(f"KV cache {name}", lambda keys=keys, values=values: _codes(keys, values, device))  # type: ignore[misc]
     yield _attempt("norm, silu, rope, embedding, argmax", lambda: _small(device))
     yield _attempt("fused ops between products", lambda: _fused(device))
+    yield _attempt("draws", lambda: _draws(device))
 
 
 def _attempt(name: str, check: Callable[[], str]) -> Check:
@@ -189,6 +192,32 @@ def _small(device: torch.device) -> str:
     if small.argmax(scores)[0].tolist() != argmax_reference(scores)[0].tolist():
         raise AssertionError("argmax names another place than torch")
     return f"error {worst:.2f} of the bounds"
+
+
+def _draws(device: torch.device) -> str:
+    """Tokens of the definition in numpy, of a row by itself and beside others. A number near a border would excuse
+    another token, but these are fixed and none is."""
+    columns = 128256 if device.type == "cuda" else 1100
+    asked = [
+        SamplingParams(temperature=0.8),
+        SamplingParams(top_k=40),
+        SamplingParams(temperature=1.3, top_p=0.9),
+        SamplingParams(min_p=0.01, top_k=60, top_p=0.95),
+    ]
+    # Drawn on the CPU, the same on every machine; coarse, so that there are ties.
+    scores = (torch.randn(len(asked), columns, generator=torch.Generator().manual_seed(1)) * 24).round() / 8
+    numbers = [draw.uniform(row, 0) for row in range(len(asked))]
+    fields = [[getattr(p, name) for p in asked] for name in ("temperature", "min_p", "top_k", "top_p")]
+    settings = torch.tensor([*fields, numbers], dtype=torch.float64, device=device)
+    found = sampling.draw(scores.to(device), settings, top_k=True, top_p=True).tolist()
+    for row, (params, number) in enumerate(zip(asked, numbers, strict=True)):
+        ids, weights = draw.kept(scores[row].numpy(), params)
+        if found[row] != (expected := int(ids[draw.place(weights, number)])):
+            raise AssertionError(f"{params} draws {found[row]}, not {expected}")
+    alone = sampling.draw(scores[:1].to(device), settings[:, :1], top_k=False, top_p=False).tolist()
+    if alone != found[:1]:
+        raise AssertionError(f"a row to itself draws {alone[0]}, beside others {found[0]}")
+    return f"{len(asked)} tokens of {columns}"
 
 
 def _fused(device: torch.device) -> str:
