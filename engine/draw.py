@@ -1,6 +1,7 @@
 """What a draw is: which tokens temperature, min_p, top_k and top_p leave, and the one that a number picks from them.
 
-numpy's definition. The C++ library's (kernels/sampling_cpu.py) and torch's (device_sampling.py) are held to it.
+numpy's definition. The C++ library's (kernels/sampling_cpu.py), the GPU's (kernels/triton/sampling.py) and torch's
+(device_sampling.py) are held to it.
 """
 
 from __future__ import annotations
