@@ -25,7 +25,6 @@ _INTEGER_COLUMNS = {80: 128, 90: math.inf, 100: 128}
 _EXACT = 1 << 24
 WARPGROUPS = range(90, 120)
 """Architectures whose matrix instructions may be four warps'."""
-"""Above this many tokens there are programs enough without computing the runs side by side."""
 
 
 @dataclass(frozen=True)
