@@ -1,7 +1,6 @@
 // The highest score of each row and the first place that holds it; NaN counts as the highest of all.
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "ops.h"
@@ -9,41 +8,49 @@
 
 namespace {
 
-constexpr int64_t kPiece = 4096;  // scores that one thread looks through: a few microseconds for four of them
-constexpr int64_t kGrain = 4;
-constexpr int64_t kLanes = 16;
-constexpr int64_t kBlock = 256;
-
-struct Best {
-  float peak;
-  int64_t index;
-};
+constexpr int64_t kPiece = 4096;  // scores that one thread looks through: a microsecond
+constexpr int64_t kGrain = 8;
+constexpr int64_t kLanes = 32;
+constexpr int64_t kBlock = 64;
 
 bool above(float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); }
 
-// The maximum is taken in lanes without its place; a block that raises it is looked through once more.
-Best best_of(const float* scores, int64_t begin, int64_t end) {
-  Best best{scores[begin], begin};
-  for (int64_t first = begin; first < end; first += kBlock) {
-    const int64_t count = end - first < kBlock ? end - first : kBlock;
-    const float* v = scores + first;
-    float high[kLanes];
-    int odd[kLanes] = {};
-    for (int64_t j = 0; j < kLanes; ++j) high[j] = -std::numeric_limits<float>::infinity();
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
-      for (int64_t j = 0; j < kLanes; ++j) {
-        high[j] = v[i + j] > high[j] ? v[i + j] : high[j];
-        odd[j] |= v[i + j] != v[i + j];
-      }
-    bool look = i < count;
-    for (int64_t j = 0; j < kLanes; ++j) look |= odd[j] != 0 || high[j] > best.peak;
-    if (!look) continue;
-    for (i = 0; i < count; ++i)
-      if (above(v[i], best.peak)) best = {v[i], first + i};
-    if (std::isnan(best.peak)) return best;
+// The highest of `count` scores, NaN where there is one. In lanes, without its place: that a compiler vectorizes.
+float highest(const float* scores, int64_t count) {
+  float high[kLanes];
+  int odd[kLanes] = {};
+  for (float& lane : high) lane = -__builtin_inff();
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) {
+      high[j] = scores[i + j] > high[j] ? scores[i + j] : high[j];
+      odd[j] |= scores[i + j] != scores[i + j];
+    }
+  float best = -__builtin_inff();
+  int any = 0;
+  for (int64_t j = 0; j < kLanes; ++j) {
+    best = high[j] > best ? high[j] : best;
+    any |= odd[j];
   }
-  return best;
+  for (int64_t i = whole; i < count; ++i) {
+    best = scores[i] > best ? scores[i] : best;
+    any |= scores[i] != scores[i];
+  }
+  return any != 0 ? __builtin_nanf("") : best;
+}
+
+bool is(float score, float peak) { return score == peak || (std::isnan(score) && std::isnan(peak)); }
+
+// The first place of a peak that is there.
+int64_t place_of(float peak, const float* scores, int64_t count) {
+  int64_t first = 0;
+  for (; first + kBlock < count; first += kBlock) {
+    int found = 0;
+    for (int64_t j = 0; j < kBlock; ++j) found |= is(scores[first + j], peak);
+    if (found != 0) break;
+  }
+  while (!is(scores[first], peak)) ++first;
+  return first;
 }
 
 }  // namespace
@@ -51,23 +58,22 @@ Best best_of(const float* scores, int64_t begin, int64_t end) {
 // scores [rows, width], ids and peaks [rows].
 DIBIT_API int dibit_argmax(int64_t* ids, float* peaks, const float* scores, int64_t rows, int64_t width) {
   if (rows < 0 || width < 1) return 1;
-  static thread_local std::vector<Best> found;
+  static thread_local std::vector<float> found;
   const int64_t pieces = (width + kPiece - 1) / kPiece;
+  const auto size = [=](int64_t piece) { return piece + 1 < pieces ? kPiece : width - piece * kPiece; };
   found.resize(static_cast<size_t>(rows * pieces));
-  Best* out = found.data();
+  float* out = found.data();
   dibit::parallel_for(rows * pieces, kGrain, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i % pieces * kPiece;
-      const int64_t last = first + kPiece < width ? first + kPiece : width;
-      out[i] = best_of(scores + i / pieces * width, first, last);
-    }
+    for (int64_t i = begin; i < end; ++i)
+      out[i] = highest(scores + i / pieces * width + i % pieces * kPiece, size(i % pieces));
   });
   for (int64_t r = 0; r < rows; ++r) {
-    Best best = out[r * pieces];
+    const float *row = scores + r * width, *high = out + r * pieces;
+    int64_t best = 0;
     for (int64_t p = 1; p < pieces; ++p)
-      if (above(out[r * pieces + p].peak, best.peak)) best = out[r * pieces + p];
-    ids[r] = best.index;
-    peaks[r] = best.peak;
+      if (above(high[p], high[best])) best = p;
+    ids[r] = best * kPiece + place_of(high[best], row + best * kPiece, size(best));
+    peaks[r] = row[ids[r]];
   }
   return 0;
 }
