@@ -15,13 +15,15 @@ import torch
 import triton
 
 from dibit.kernels.triton.layout import TritonQWeight
-from dibit.kernels.triton.plan import CONFIGS, MAX_SPLITS, Gpu, Plan, Tuned, configured, fits, plan
+from dibit.kernels.triton.plan import CONFIGS, Gpu, Plan, Tuned, configured, fits, plan
 from dibit.kernels.triton.qlinear import multiply, prepare
 from dibit.kernels.triton.tuned_plans import key_of
 
 BUCKETS = (1, 16, 32, 64)
 """Tokens at which the blocks of tokens are measured."""
 NOISE = 0.02
+MOST_SPLITS = 8
+"""What follows a product of few tokens adds its splits beside a whole row (fused.py): with 16 of them one spills."""
 
 Time = Callable[[Plan, int], float | None]
 """Microseconds of a plan for so many tokens; None where it does not fit the GPU."""
@@ -35,7 +37,7 @@ def tune(w: TritonQWeight, time: Time, *, gpu: Gpu) -> Tuned:
     def cut(tokens: int, tuned: Tuned | None = None) -> Plan:
         return plan(w.geometry, w.padded_rows, tokens, gpu=gpu, tuned=tuned)
 
-    usual, most = cut(1), min(MAX_SPLITS, w.geometry.steps)
+    usual, most = cut(1), min(MOST_SPLITS, w.geometry.steps)
     tried = [splits for splits in (usual.splits // 2, usual.splits * 2, usual.splits * 4) if 0 < splits <= most]
     best = _fastest(usual, {splits: cut(1, Tuned(splits)) for splits in tried}, 1, time)
     configs: dict[int, str] = {}

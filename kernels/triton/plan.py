@@ -17,6 +17,7 @@ MAX_SPLITS = 16
 MIN_RUN_STEPS = 4
 PROGRAMS_PER_PROCESSOR = 3
 SIDE_BY_SIDE_TOKENS = 64
+"""Above this many tokens there are programs enough without computing the runs side by side."""
 INTEGER_TOKENS = 32
 """Up to so many tokens memory is the limit, and integer products would be no faster."""
 _INTEGER_BITS = (4, 8)
