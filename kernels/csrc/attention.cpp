@@ -151,8 +151,7 @@ class Step {
   // at each one's end: rows are found one tile of keys ahead, and fetched during the work on the tile before.
   struct Ahead {
     KeyRows rows[2];
-    int turn = 0;        // whose rows are those of the tile at hand
-    bool found = false;  // they have been found already
+    int turn = 0;  // whose rows are those of the tile at hand
     const Item* item;
     const Item* next_item = nullptr;
   };
@@ -165,10 +164,8 @@ class Step {
 
   void run_items() {
     Ahead ahead;
-    for (ahead.item = take(); ahead.item != nullptr;) {
-      run_item(*ahead.item, &ahead);
-      ahead.item = ahead.next_item;
-    }
+    for (ahead.item = find_first(take(), &ahead.rows[0]); ahead.item != nullptr; ahead.item = ahead.next_item)
+      run_item(&ahead);
   }
 
   int64_t first_key(const Item& item) const { return std::max<int64_t>(0, item.range) * kKeyRange; }
@@ -177,28 +174,29 @@ class Step {
     return item.range < 0 ? keys : std::min(keys, (item.range + 1) * kKeyRange);
   }
 
-  // The rows of the keys from `begin` on, and those that come after them. The next item is taken with the last tile of
+  // The rows of the keys from `begin` on, after finding those that come next. The next item is taken with the last tile of
   // the one at hand, no earlier: another thread may be out of work before.
   const KeyRows& rows_at(int64_t begin, Ahead* ahead) {
     const Item& item = *ahead->item;
     KeyRows *now = &ahead->rows[ahead->turn], *next = &ahead->rows[ahead->turn ^= 1];
-    if (!ahead->found) find_rows_of(item, begin, now);
-    ahead->found = true;
-    if (begin + kKeyTile < last_key(item)) {
-      find_rows_of(item, begin + kKeyTile, next);
-    } else {
-      ahead->next_item = take();
-      if (ahead->next_item != nullptr) find_rows_of(*ahead->next_item, first_key(*ahead->next_item), next);
-      else next->count = 0;
-    }
+    if (begin + kKeyTile < last_key(item)) find_rows_of(item, begin + kKeyTile, next);
+    else ahead->next_item = find_first(take(), next);
     return *now;
+  }
+
+  // The first rows of an item, none of no item; gives the item back.
+  const Item* find_first(const Item* item, KeyRows* rows) const {
+    if (item == nullptr) rows->count = 0;
+    else find_rows_of(*item, first_key(*item), rows);
+    return item;
   }
 
   void find_rows_of(const Item& item, int64_t begin, KeyRows* rows) const {
     find_rows(p_, tiles_[item.tile], begin, std::min<int64_t>(kKeyTile, last_key(item) - begin), rows);
   }
 
-  void run_item(const Item& item, Ahead* ahead) {
+  void run_item(Ahead* ahead) {
+    const Item& item = *ahead->item;
     const RowTile& tile = tiles_[item.tile];
     const Scratch s = scratch(tile);
     const int64_t states = States::floats(tile.rows, p_.width());

@@ -129,7 +129,6 @@ DIBIT_INLINE void fetch_row(const void* row, int bytes) {
 
 // Rows [from, to) of the next tile. All of them at once would wait for each other, and the work at hand for them.
 DIBIT_INLINE void fetch(const KeyRows* next, int from, int to) {
-  if (next == nullptr) return;
   for (int j = from; j < to && j < next->count; ++j) {
     fetch_row(next->keys[j], next->key_bytes);
     fetch_row(next->values[j], next->value_bytes);

@@ -44,7 +44,7 @@ struct KeyTile {
   float* peak;                 // [rows] running maximum of the scores
   float* total;                // [rows] sum of exp(score - peak)
   float* acc;                  // [rows, width] the same sum weighted by the values
-  const KeyRows* next;         // fetched into the cache meanwhile; may be null
+  const KeyRows* next;         // fetched into the cache meanwhile
 };
 
 // The same for many rows, transposed so that a row is a lane.
