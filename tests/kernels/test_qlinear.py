@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from random_weights import random_weight
 from torch import Tensor
 
 from dibit.kernels import native, qlinear_cpu
@@ -27,16 +28,6 @@ COLUMNS = {
 }
 TOKENS = (1, 2, 3, 5, 17, 64)
 ROWS = (1, 7, 65)
-
-
-def random_weight(n: int, k: int, format: Format, *, scales: Tensor | None = None) -> QTensor:
-    groups = format.groups(k)
-    return QTensor(
-        codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8),
-        zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8),
-        scales=torch.rand(n, groups).add(0.01).half() if scales is None else scales,
-        format=format,
-    )
 
 
 def quantized_activations(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from random_weights import random_weight
 from torch import Tensor
 
 from dibit.kernels import native, qlinear_cpu, tape
@@ -20,16 +21,6 @@ POISON = 1.0e30
 COLUMNS = {16: (16, 1040), 32: (96,), 64: (192, 1088), 128: (384,), -1: (7, 1100)}
 FRACTIONAL = [Format(bits, group, "fractional") for bits in FRACTIONAL_BITS for group in COLUMNS]
 INTEGER = [Format(bits, group) for bits in BITS for group in COLUMNS]
-
-
-def random_weight(n: int, k: int, format: Format) -> QTensor:
-    groups = format.groups(k)
-    return QTensor(
-        codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8),
-        zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8),
-        scales=torch.rand(n, groups).add(0.01).half(),
-        format=format,
-    )
 
 
 def poisoned(m: int, n: int) -> tuple[Tensor, Tensor]:

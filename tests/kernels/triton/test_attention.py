@@ -9,7 +9,8 @@ from torch import Tensor
 from dibit.kernels.attention import paged_attention_reference
 from dibit.kernels.contract import ContractError
 from dibit.kernels.kv import INT4, INT8, REALS, load_rows, row_width, store_rows
-from dibit.kernels.triton.attention import SIDE_BY_SIDE_TOKENS, paged_attention
+from dibit.kernels.triton.attention import paged_attention
+from dibit.kernels.triton.limits import SIDE_BY_SIDE_TOKENS
 
 NAN = float("nan")
 BLOCK_SIZE = 8

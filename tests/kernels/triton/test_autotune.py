@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_weights import random_weight
 
-from dibit.kernels.formats import Format, QTensor
+from dibit.kernels.formats import Format
 from dibit.kernels.triton import layout, tuned_plans
 from dibit.kernels.triton.autotune import BUCKETS, tune, tune_all
 from dibit.kernels.triton.availability import INTERPRETER
@@ -23,22 +24,14 @@ NAME = "NVIDIA A100-SXM4-80GB"
 
 
 def packed(n: int, k: int, format: Format) -> TritonQWeight:
-    groups = format.groups(k)
-    return layout.pack(
-        QTensor(
-            codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8),
-            zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8),
-            scales=torch.rand(n, groups).add(0.01).half(),
-            format=format,
-        )
-    )
+    return layout.pack(random_weight(n, k, format))
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("DIBIT_TUNED_DIR", str(tmp_path / "tuned"))
     yield tmp_path / "tuned"
-    tuned_plans.tuned_for.cache_clear()
+    tuned_plans.kept_on.cache_clear()
 
 
 def test_the_fastest_wins_and_nothing_that_decides_a_sum_depends_on_the_tokens() -> None:

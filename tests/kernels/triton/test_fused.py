@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_weights import random_weight
 from torch import Tensor
 
-from dibit.kernels.formats import Format, QTensor
+from dibit.kernels.formats import Format
 from dibit.kernels.triton import fused, layout, small
 from dibit.kernels.triton.attention import Attended, attend, paged_attention
 from dibit.kernels.triton.layout import TritonQWeight
@@ -20,15 +21,8 @@ FORMATS = (Format(2, 64), Format(3, 128), Format(4, 32), Format(8, -1))
 
 
 def packed(n: int, k: int, format: Format) -> TritonQWeight:
-    groups = format.groups(k)
-    return layout.pack(
-        QTensor(
-            codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8),
-            zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8),
-            scales=torch.rand(n, groups).add(0.01).mul(0.05).half(),
-            format=format,
-        )
-    )
+    scales = torch.rand(n, format.groups(k)).add(0.01).mul(0.05).half()
+    return layout.pack(random_weight(n, k, format, scales=scales))
 
 
 def plain(x: Tensor, w: TritonQWeight) -> Prepared:

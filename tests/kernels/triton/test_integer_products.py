@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_weights import random_weight
 
-from dibit.kernels.formats import Format, QTensor, dequantize
+from dibit.kernels.formats import Format, dequantize
 from dibit.kernels.qlinear import quantize_activations
 from dibit.kernels.triton import fused, layout
 from dibit.kernels.triton.availability import INTERPRETER
@@ -17,16 +18,6 @@ from dibit.kernels.triton.qlinear import multiply, plan_of, prepare, qlinear
 
 MANY = INTEGER_TOKENS + 1
 TAKEN = [Format(4, 128), Format(4, -1), Format(8, 64), Format(8, 128)]
-
-
-def random_weight(n: int, k: int, format: Format) -> QTensor:
-    groups = format.groups(k)
-    return QTensor(
-        codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8),
-        zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8),
-        scales=torch.rand(n, groups).add(0.01).half(),
-        format=format,
-    )
 
 
 def taken(w: TritonQWeight, tokens: int, activation_bits: int | None) -> bool:

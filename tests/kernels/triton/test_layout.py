@@ -6,19 +6,15 @@ import itertools
 
 import pytest
 import torch
+from random_weights import random_weight
 
 from dibit.kernels.formats import BITS, GROUP_SIZES, PER_CHANNEL, Format, FormatError, QTensor
 from dibit.kernels.triton.layout import Geometry, nbytes, pack, plane_shift, unpack
 
 
-def random_weight(n: int, k: int, format: Format) -> QTensor:
-    groups = format.groups(k)
-    return QTensor(
-        codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8),
-        zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8),
-        scales=torch.rand(n, groups).add(0.01).half().float(),
-        format=format,
-    )
+def weight(n: int, k: int, format: Format) -> QTensor:
+    scales = torch.rand(n, format.groups(k)).add(0.01).half().float()
+    return random_weight(n, k, format, scales=scales)
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
@@ -27,7 +23,7 @@ def test_there_and_back(bits: int, group_size: int) -> None:
     fmt = Format(bits, group_size)
     columns = (7, 300) if group_size == PER_CHANNEL else (group_size, 5 * group_size, 640)
     for n, k in itertools.product((1, 63, 65, 130), columns):
-        w = random_weight(n, k, fmt)
+        w = weight(n, k, fmt)
         packed = pack(w)
         back = unpack(packed)
         assert torch.equal(back.codes, w.codes)
@@ -39,7 +35,7 @@ def test_there_and_back(bits: int, group_size: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_weight_takes_exactly_its_bits(bits: int) -> None:
-    packed = pack(random_weight(128, 1024, Format(bits, 128)))
+    packed = pack(weight(128, 1024, Format(bits, 128)))
     assert packed.codes.nbytes * 8 == 128 * 1024 * bits
     assert packed.zeros.nbytes == 128 * 8
     assert packed.scales.nbytes == 128 * 8 * 2
@@ -66,7 +62,7 @@ def test_planes_stand_where_the_kernels_mask_them(bits: int) -> None:
 
 
 def test_scales_that_float16_cannot_hold_stay_float32() -> None:
-    w = random_weight(3, 32, Format(4, 32))
+    w = weight(3, 32, Format(4, 32))
     w.scales[1, 0] = 1.0 + 2.0**-20
     packed = pack(w)
     assert packed.scales.dtype == torch.float32

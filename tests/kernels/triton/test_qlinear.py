@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from random_weights import random_weight
 from torch import Tensor
 
 from dibit.kernels import native, qlinear_cpu
@@ -19,16 +20,6 @@ from dibit.kernels.triton.qlinear import multiply, prepare, qlinear
 EPS = torch.finfo(torch.float32).eps
 POISON = 1.0e30
 SHAPES = {2: (65, 384), 3: (65, 384), 4: (70, 320), 8: (65, 160)}
-
-
-def random_weight(n: int, k: int, format: Format) -> QTensor:
-    groups = format.groups(k)
-    return QTensor(
-        codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8),
-        zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8),
-        scales=torch.rand(n, groups).add(0.01).half(),
-        format=format,
-    )
 
 
 def bound(x: Tensor, w: QTensor) -> Tensor:

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_weights import random_weight
 from torch import Tensor
 
 from dibit.kernels import native, qlinear_cpu
-from dibit.kernels.formats import BITS, Format, FormatError, QTensor, dequantize, zero_points
+from dibit.kernels.formats import BITS, Format, FormatError, dequantize, zero_points
 from dibit.kernels.qlinear import ACTIVATION_BITS, quantize_activations
 from dibit.kernels.triton import fused, layout
 from dibit.kernels.triton.layout import PLANE_COLUMNS, TritonQWeight, plane_shift
 from dibit.kernels.triton.qlinear import Prepared, launch_runs, plan_of, prepare, qlinear
 
 EPS = torch.finfo(torch.float32).eps
-
-
-def random_weight(n: int, k: int, format: Format) -> QTensor:
-    groups = format.groups(k)
-    return QTensor(
-        codes=torch.randint(0, format.qmax + 1, (n, k), dtype=torch.uint8),
-        zeros=torch.randint(0, format.qmax + 1, (n, groups), dtype=torch.uint8),
-        scales=torch.rand(n, groups).add(0.01).half(),
-        format=format,
-    )
 
 
 def integers(made: Prepared, w: TritonQWeight) -> Tensor:
