@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dibit.kernels.triton import availability
+from dibit.kernels.triton.limits import MAX_DRAWN_COLUMNS
 
 # Sorted values, their ids and sums in float64 are nine times the logits' size.
 SLICE_BYTES = 16 << 20
@@ -58,7 +59,7 @@ def warm_up(scores: Tensor) -> None:
 
 
 def _has_kernels(scores: Tensor) -> bool:
-    if scores.shape[1] > availability.MAX_DRAWN_COLUMNS:
+    if scores.shape[1] > MAX_DRAWN_COLUMNS:
         return False
     if scores.device.type == "cuda":
         return availability.unavailable() is None

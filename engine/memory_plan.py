@@ -26,15 +26,13 @@ from dibit.kernels.dispatch import NoKernel, resolve
 from dibit.kernels.formats import Format
 from dibit.kernels.kv import INT4
 from dibit.kernels.triton.layout import nbytes as triton_bytes
+from dibit.kernels.triton.limits import SIDE_BY_SIDE_TOKENS, SPLIT_KEYS
 
 if TYPE_CHECKING:
     from dibit.engine.checkpoint import Checkpoint
 
 LOGIT_BYTES = 64 << 20
 """Most that the logits of one pass through the head may take; more rows go in slices."""
-
-SPLIT_KEYS, SPLIT_ROWS = 512, 64
-"""Of attention on a GPU: up to so many rows sum so many keys at a time, apart (kernels/triton/attention.py)."""
 
 PANEL_ROWS = 16
 CGROUP = Path("/sys/fs/cgroup")
@@ -227,7 +225,7 @@ def _token_bytes(sizes: Sizes) -> int:
 def _graph_bytes(sizes: Sizes, config: EngineConfig, *, max_model_len: int) -> int:
     """One decode step in the pool that CUDA graphs share, attention's partial sums included, and its logits twice."""
     rows = config.max_num_seqs
-    sums = 4 * (sizes.q_width + sizes.heads) * -(-max_model_len // SPLIT_KEYS) * min(rows, SPLIT_ROWS)
+    sums = 4 * (sizes.q_width + sizes.heads) * -(-max_model_len // SPLIT_KEYS) * min(rows, SIDE_BY_SIDE_TOKENS)
     return _token_bytes(sizes) * rows + sums + 2 * min(LOGIT_BYTES, 4 * sizes.vocab * rows)
 
 

@@ -9,9 +9,9 @@ number from Philox4x64 (Salmon et al. 2011) keyed by the seed with the number of
 the inverse of the cumulative distribution in float64, in the order of ids. A row that cannot be sampled gives an error
 of its own; the others go on.
 
-draw.py says what a draw is. Where the C++ library is built it does them (kernels/sampling_cpu.py),
-on the tape of a decode step and beside it alike, so that a request's tokens do not depend on which one it was. Its exp
-is not numpy's: on a machine without the library the same seed may, once in some ten million draws, give another token.
+draw.py says what a draw is. Where the C++ library is built it does them (kernels/sampling_cpu.py), on the tape of a
+decode step and beside it alike, so that a request's tokens do not depend on which one it was. Its exp is not numpy's:
+on a machine without the library the same seed may, once in some ten million draws, give another token.
 
 Log-probabilities are of the model's own distribution, before any of the above.
 """

@@ -19,9 +19,8 @@ from dibit.kernels.attention import check_paged_attention
 from dibit.kernels.kv import head_dim
 from dibit.kernels.triton.cache import TYPES, Side, block_columns
 from dibit.kernels.triton.device.attention import attention_kernel, merge_kernel
+from dibit.kernels.triton.limits import SIDE_BY_SIDE_TOKENS, SPLIT_KEYS
 
-SPLIT_KEYS = 512
-SIDE_BY_SIDE_TOKENS = 64
 BLOCK_KEYS = 32
 STAGES = 2
 _REALS = (torch.float32, torch.float16, torch.bfloat16)

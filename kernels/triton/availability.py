@@ -14,8 +14,6 @@ import torch
 from dibit.kernels.triton.plan import Gpu
 
 MIN_CAPABILITY = (8, 0)
-MAX_DRAWN_COLUMNS = 1 << 18
-"""The widest vocabulary that sampling.py takes: sums of so many weights fit 64 bits."""
 INTERPRETER = Gpu(processors=2, arch=80)
 """What the interpreter pretends to be."""
 

@@ -28,7 +28,7 @@ from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
 from dibit.kernels.triton.layout import TritonQWeight
 from dibit.kernels.triton.plan import Plan, plan, takes_integers
-from dibit.kernels.triton.tuned_plans import key_of, tuned_for
+from dibit.kernels.triton.tuned_plans import tuned_for
 
 ASM = not triton.knobs.runtime.interpret
 """Inline assembly on a GPU; the interpreter has none and runs the same in plain operations."""
@@ -138,9 +138,8 @@ def integers_of(w: TritonQWeight, tokens: int, activation_bits: int | None) -> b
 
 def plan_of(w: TritonQWeight, tokens: int, *, integers: bool = False) -> Plan:
     """How a product of `tokens` tokens with `w` is cut, on the GPU that holds it."""
-    device = w.codes.device
-    tuned = tuned_for(device, key_of(w))
-    return plan(w.geometry, w.padded_rows, tokens, gpu=gpu_of(device), tuned=tuned, integers=integers)
+    gpu = gpu_of(w.codes.device)
+    return plan(w.geometry, w.padded_rows, tokens, gpu=gpu, tuned=tuned_for(w), integers=integers)
 
 
 @dataclass(frozen=True)

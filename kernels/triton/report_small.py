@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from dibit.kernels.triton.aot import compile_kernel
-from dibit.kernels.triton.attention import BLOCK_KEYS, SPLIT_KEYS, STAGES, blocks
+from dibit.kernels.triton.attention import BLOCK_KEYS, STAGES, blocks
 from dibit.kernels.triton.device.attention import attention_kernel, merge_kernel
 from dibit.kernels.triton.device.sampling import draw_kernel, hold_kernel, tally_kernel, weigh_kernel
 from dibit.kernels.triton.device.small import (
@@ -22,6 +22,7 @@ from dibit.kernels.triton.device.small import (
     row_argmax_kernel,
     silu_mul_kernel,
 )
+from dibit.kernels.triton.limits import SPLIT_KEYS
 from dibit.kernels.triton.report_model import GpuModel, KernelReport, predicted
 from dibit.kernels.triton.sampling import BLOCK as DRAW_BLOCK
 from dibit.kernels.triton.sampling import TALLIES, TILE

@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from dibit.kernels.contract import ContractError, Dims
-from dibit.kernels.triton.availability import MAX_DRAWN_COLUMNS
 from dibit.kernels.triton.device.sampling import draw_kernel, hold_kernel, tally_kernel, weigh_kernel
+from dibit.kernels.triton.limits import MAX_DRAWN_COLUMNS
 from dibit.kernels.triton.small import argmax
 
 BLOCK = 1024

@@ -41,9 +41,15 @@ def key_of(w: TritonQWeight) -> str:
 
 
 @functools.cache
-def tuned_for(device: torch.device, key: str) -> Tuned | None:
-    """What is kept for a shape on the GPU `device`."""
-    return kept(torch.cuda.get_device_name(device)).get(key) if device.type == "cuda" else None
+def kept_on(device: torch.device) -> dict[str, Tuned]:
+    """What is kept for the GPU `device`; read once."""
+    return kept(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+
+
+def tuned_for(w: TritonQWeight) -> Tuned | None:
+    """What is kept for products with `w` on the GPU that holds it."""
+    found = kept_on(w.codes.device)
+    return found.get(key_of(w)) if found else None
 
 
 def file_name(gpu_name: str) -> str:
@@ -88,7 +94,7 @@ def keep(gpu_name: str, measured: Mapping[str, Tuned]) -> Path:
     aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     aside.write_text(text + "\n", encoding="utf-8")
     aside.replace(path)
-    tuned_for.cache_clear()
+    kept_on.cache_clear()
     return path
 
 

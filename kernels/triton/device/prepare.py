@@ -86,6 +86,13 @@ def store_operand(operand, half, at, inside, BITS: tl.constexpr):
 
 
 @triton.jit
+def store_group_sums(back, first, m, sums, MP, GROUPS, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the sums of whole groups, from the one of column `first` on; back [BLOCK]."""
+    g = first // GROUP + tl.arange(0, BLOCK // GROUP)
+    tl.store(sums + g * MP + m, tl.sum(tl.reshape(back, (BLOCK // GROUP, GROUP)), 1), mask=g < GROUPS)
+
+
+@triton.jit
 def prepare_kernel(
     x,
     half,
@@ -127,9 +134,7 @@ def prepare_kernel(
         if GROUP == 0:
             total += tl.sum(back, 0)
         else:
-            per_group = tl.sum(tl.reshape(back, (BLOCK // GROUP, GROUP)), 1)
-            g = start // GROUP + tl.arange(0, BLOCK // GROUP)
-            tl.store(sums + g * MP + m, per_group, mask=g < GROUPS)
+            store_group_sums(back, start, m, sums, MP, GROUPS, GROUP, BLOCK)
     if GROUP == 0:
         tl.store(sums + m + tl.arange(0, 1), total)
 
@@ -162,5 +167,4 @@ def store_prepared(
     if GROUP == 0:
         tl.store(sums + m, tl.sum(back, 0))
     else:
-        g = tl.arange(0, BLOCK // GROUP)
-        tl.store(sums + g * MP + m, tl.sum(tl.reshape(back, (BLOCK // GROUP, GROUP)), 1), mask=g < GROUPS)
+        store_group_sums(back, 0, m, sums, MP, GROUPS, GROUP, BLOCK)
