@@ -1,6 +1,7 @@
 """A block on the Triton kernels that do what stands between two products in one launch (kernels/triton/fused.py).
 
-It computes what Block.paged computes. Whether a block is fused depends on its weights alone, never on the step, so that
+It computes what Block.paged computes. Attention of a decode step is one of them; it gives the bits of the several
+launches of other steps. Whether a block is fused depends on its weights alone, never on the step, so that
 a token's bits do not depend on its company.
 """
 
@@ -15,14 +16,18 @@ from dibit.engine.batch import Batch
 from dibit.engine.models.decoder import Block, PackedLinear
 from dibit.kernels.triton import fused
 from dibit.kernels.triton.attention import attend
+from dibit.kernels.triton.decode import MAX_TOKENS, Rows, counters, decode_attended
 from dibit.kernels.triton.layout import TritonQWeight
 from dibit.kernels.triton.small import rope_kv_write
 
 
 class FusedBlock(Block):
-    """`owes`: the next block is fused too, and takes this one's last product as it is."""
+    """
+    owes      the next block is fused too, and takes this one's last product as it is
+    arrivals  `counters` (kernels/triton/decode.py), of all blocks that run one after another
+    """
 
-    def __init__(self, block: Block, *, owes: bool) -> None:
+    def __init__(self, block: Block, *, owes: bool, arrivals: Tensor) -> None:
         super().__init__(
             block.sizes,
             linears=block.linears,
@@ -31,6 +36,7 @@ class FusedBlock(Block):
             ops=block.ops,
         )
         self.owes = owes
+        self.arrivals = arrivals
 
     def paged(
         self,
@@ -48,20 +54,29 @@ class FusedBlock(Block):
         qkv, o, gate_up, down = map(self._packed, ("qkv", "o", "gate_up", "down"))
         h = fused.norm_prepared(x, residual, self.attn_norm, eps, qkv.weight, activation_bits=qkv.activation_bits)
         residual = x if residual is None else residual
-        q = rope_kv_write(
-            fused.product(h, qkv.weight, qkv.bias),
-            batch.positions,
-            cos,
-            sin,
-            k_cache,
-            v_cache,
-            batch.slots,
-            self.sizes.heads,
-        )
-        attended = attend(q, k_cache, v_cache, batch.cu_seqlens, batch.seq_lens, batch.block_tables, self.scale)
-        if rows is not None:
-            attended, residual = attended.rows(rows), residual[rows]
-        h = fused.attended_prepared(attended, o.weight, activation_bits=o.activation_bits)
+        runs = fused.product(h, qkv.weight, qkv.bias)
+        tokens = batch.positions.shape[0]
+        if rows is None and tokens == batch.seq_lens.shape[0] and tokens <= MAX_TOKENS:
+            h = decode_attended(
+                runs,
+                Rows(batch.positions, batch.slots, batch.seq_lens, batch.block_tables),
+                k_cache,
+                v_cache,
+                cos,
+                sin,
+                self.scale,
+                o.weight,
+                arrivals=self.arrivals,
+                activation_bits=o.activation_bits,
+            )
+        else:
+            q = rope_kv_write(
+                runs, batch.positions, cos, sin, k_cache, v_cache, batch.slots, self.sizes.heads
+            )  # fmt: skip
+            attended = attend(q, k_cache, v_cache, batch.cu_seqlens, batch.seq_lens, batch.block_tables, self.scale)
+            if rows is not None:
+                attended, residual = attended.rows(rows), residual[rows]
+            h = fused.attended_prepared(attended, o.weight, activation_bits=o.activation_bits)
         x = fused.product(h, o.weight, o.bias)
         h = fused.norm_prepared(
             x, residual, self.mlp_norm, eps, gate_up.weight, activation_bits=gate_up.activation_bits
@@ -80,8 +95,11 @@ class FusedBlock(Block):
 def fuse(blocks: Sequence[Block]) -> list[Block]:
     """The same blocks, fused where they can be."""
     able = [_fusible(block) for block in blocks]
+    if not any(able):
+        return list(blocks)
+    arrivals = counters(blocks[0].sizes.kv_heads, blocks[0].attn_norm.device)
     return [
-        FusedBlock(block, owes=following) if this else block
+        FusedBlock(block, owes=following, arrivals=arrivals) if this else block
         for block, this, following in zip(blocks, able, [*able[1:], False], strict=True)
     ]
 

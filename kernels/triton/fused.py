@@ -1,8 +1,10 @@
 """The ops between the products of a block, each in one launch with the sum of the product before it and the preparation
-of the product after it (device/fused.py); rope_kv_write (small.py) takes the runs of qkv as they are. A layer is then
-ten launches:
+of the product after it (device/fused.py). Where every sequence has one token that is attention too (decode.py), and a
+layer is eight launches:
 
-    norm_prepared, qkv, rope_kv_write, attention, attended_prepared, o, norm_prepared, gate_up, silu_prepared, down
+    norm_prepared, qkv, decode_attended, o, norm_prepared, gate_up, silu_prepared, down
+
+Else rope_kv_write (small.py), attention and attended_prepared stand in its place, with the same numbers.
 
 The numbers are those of the single ops, up to the order in which a row's squares are added. Activations are float32,
 prepared as they are, or where a product has `activation_bits` as integers of that width.
@@ -18,7 +20,7 @@ import triton
 from torch import Tensor
 
 from dibit.kernels.triton.attention import Attended, joined
-from dibit.kernels.triton.device.fused import attended_prepare_kernel, norm_prepare_kernel, silu_prepare_kernel
+from dibit.kernels.triton.device.fused import norm_prepare_kernel, silu_prepare_kernel
 from dibit.kernels.triton.layout import TritonQWeight
 from dibit.kernels.triton.qlinear import (
     Prepared,
@@ -29,14 +31,12 @@ from dibit.kernels.triton.qlinear import (
     launch_runs,
     operands_of,
     plan_of,
+    prepare,
     qmax_of,
 )
 
 MAX_COLUMNS = 16384
 """Columns of a row that one program holds: 16 a thread of 1024. Twice that spills, counted."""
-
-MAX_JOINED_COLUMNS = 4096
-"""Columns of attention's result whose splits one program joins; wider rows, which would spill, get a launch for it."""
 
 
 def product(x: Prepared, w: TritonQWeight, bias: Tensor | None) -> Runs:
@@ -64,7 +64,7 @@ def norm_prepared(
 ) -> Prepared:
     """rms_norm(x (+ residual)) * norm for products with `w`; the sum is written over `residual` [M, K]."""
     tokens = x.shape[0] if isinstance(x, Tensor) else x.prepared.tokens
-    made = _room(w, tokens, activation_bits)
+    made = room(w, tokens, activation_bits)
     if tokens:
         norm_prepare_kernel[(made.half.shape[0],)](
             *operands_of(x),
@@ -84,7 +84,7 @@ def norm_prepared(
 
 def silu_prepared(gate_up: Runs, w: TritonQWeight, *, activation_bits: int | None = None) -> Prepared:
     """silu(gate) * up of gate_up [M, 2 K] for products with `w`."""
-    made = _room(w, gate_up.prepared.tokens, activation_bits)
+    made = room(w, gate_up.prepared.tokens, activation_bits)
     if made.tokens:
         silu_prepare_kernel[(made.half.shape[0],)](
             *operands_of(gate_up),
@@ -100,23 +100,18 @@ def silu_prepared(gate_up: Runs, w: TritonQWeight, *, activation_bits: int | Non
 
 def attended_prepared(attended: Attended, w: TritonQWeight, *, activation_bits: int | None = None) -> Prepared:
     """The result of attention [M, H D] for products with `w`."""
-    if attended.partial and row_block(w) > MAX_JOINED_COLUMNS:
-        attended = joined(attended)
-    made = _room(w, attended.tokens, activation_bits)
-    if made.tokens:
-        attended_prepare_kernel[(made.half.shape[0],)](
-            attended.target,
-            attended.weights,
-            made.half,
-            made.sums,
-            made.factors,
-            *_sizes(made, w),
-            attended.splits,
-            attended.head_dim,
-            PARTIAL=attended.partial,
-            **_row(w, activation_bits),
-        )
-    return made
+    integers = integers_of(w, attended.tokens, activation_bits)
+    padded = plan_of(w, attended.tokens, integers=integers).padded_tokens(attended.tokens)
+    return prepare(
+        joined(attended).target, w, padded_tokens=padded, activation_bits=activation_bits, integers=integers
+    )  # fmt: skip
+
+
+def room(w: TritonQWeight, tokens: int, activation_bits: int | None) -> Prepared:
+    """Where `tokens` activations for products with `w` go."""
+    integers = integers_of(w, tokens, activation_bits)
+    padded = plan_of(w, tokens, integers=integers).padded_tokens(tokens)
+    return Prepared.empty(w, tokens, padded, integers=integers)
 
 
 def row_block(w: TritonQWeight) -> int:
@@ -128,12 +123,6 @@ def row_block(w: TritonQWeight) -> int:
 def row_warps(block: int) -> int:
     """Eight columns a thread, while a program can have as many threads."""
     return min(32, max(4, block // 256))
-
-
-def _room(w: TritonQWeight, tokens: int, activation_bits: int | None) -> Prepared:
-    integers = integers_of(w, tokens, activation_bits)
-    padded = plan_of(w, tokens, integers=integers).padded_tokens(tokens)
-    return Prepared.empty(w, tokens, padded, integers=integers)
 
 
 def _sizes(made: Prepared, w: TritonQWeight) -> tuple[int, int, int, int, int]:

@@ -71,6 +71,12 @@ def qmax_of(activation_bits: int | None) -> int:
     return 0 if activation_bits is None else (1 << (check_activation_bits(activation_bits) - 1)) - 1
 
 
+def prepare_block(columns: int) -> int:
+    """Columns of a row of `columns` that a program prepares at once."""
+    block: int = triton.next_power_of_2(columns)
+    return min(2048, max(256, block))
+
+
 def prepare(
     x: Tensor, w: TritonQWeight, *, padded_tokens: int, activation_bits: int | None = None, integers: bool = False
 ) -> Prepared:
@@ -88,7 +94,7 @@ def prepare(
         geometry.groups,
         BITS=w.format.bits,
         GROUP=max(0, w.format.group_size),
-        BLOCK=min(2048, max(256, triton.next_power_of_2(w.k))),
+        BLOCK=prepare_block(w.k),
         QMAX=qmax_of(activation_bits),
         num_warps=4,
     )

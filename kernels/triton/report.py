@@ -11,7 +11,7 @@ from dibit.kernels.triton.aot import Compiled, compile_kernel, weight_conversion
 from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
 from dibit.kernels.triton.plan import Gpu, Plan, plan, takes_integers
-from dibit.kernels.triton.report_fused import FUSED
+from dibit.kernels.triton.report_fused import FUSED, attended_us
 from dibit.kernels.triton.report_model import GPUS, LAUNCH_US, GpuModel, KernelReport, predicted
 from dibit.kernels.triton.report_small import SMALL
 
@@ -165,27 +165,28 @@ class DecodePrediction:
 LLAMA_2_7B = ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008))
 LAYERS = 32
 HEAD = (32000, 4096)
-LAYER_LAUNCHES = 10
-"""Four products, what is fused before each (kernels/triton/fused.py), rotation with the cache write, attention."""
+LAYER_LAUNCHES = 8
+"""Four products, and what is fused before each: kernels/triton/fused.py, decode.py."""
 LAST_LAUNCHES = 4
 """Beside the head's own: embedding, final norm, two of argmax."""
 
 
 def predict_decode(gpu: GpuModel, format: Format) -> DecodePrediction:
-    """Products by their own predictions, rows of the fused ops by what they read, the rest by its launch alone."""
+    """Products by their own predictions, rows of the fused ops by what they read, attention by all but its keys, the
+    rest by its launch alone."""
     products = [Product(format, 1, shape) for shape in LLAMA_2_7B]
     head = Product(Format(8, 64), 1, HEAD)
     qkv, o, gate_up, down = ((product.plan(gpu).splits, product.shape) for product in products)
     hidden, mlp = qkv[1][1], down[1][1]
-    # Runs or attention's result, the residual twice, the norm's weight, and what is stored in float16.
+    # Runs, the residual twice, the norm's weight, and what is stored in float16.
     rows = (
         4 * hidden * (down[0] + 3) + 2 * hidden,
-        4 * hidden + 2 * hidden,
         4 * hidden * (o[0] + 3) + 2 * hidden,
         8 * mlp * gate_up[0] + 2 * mlp,
     )
     layer_us = sum(report_product(product, gpu).predicted_us for product in products)
-    layer_us += sum(map(gpu.row_us, rows)) + (LAYER_LAUNCHES - len(products) - len(rows)) * LAUNCH_US
+    layer_us += sum(map(gpu.row_us, rows))
+    layer_us += LAUNCH_US + attended_us(gpu, splits=1, columns=hidden, group=1, runs=qkv[0])
     # The last block's product is finished by itself, as is the head's.
     ends = LAST_LAUNCHES + sum(1 for product in (products[-1], head) if product.plan(gpu).partial) + 2
     head_us = report_product(head, gpu).predicted_us + (ends - 1) * LAUNCH_US

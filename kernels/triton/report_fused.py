@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dibit.kernels.triton.device.fused import attended_prepare_kernel, norm_prepare_kernel, silu_prepare_kernel
+from dibit.kernels.triton.attention import BLOCK_KEYS, STAGES, blocks
+from dibit.kernels.triton.device.decode import decode_attention_kernel
+from dibit.kernels.triton.device.fused import norm_prepare_kernel, silu_prepare_kernel
 from dibit.kernels.triton.device.small import rope_kv_write_kernel
-from dibit.kernels.triton.fused import MAX_JOINED_COLUMNS, row_warps
-from dibit.kernels.triton.qlinear import qmax_of
-from dibit.kernels.triton.report_model import GpuModel, KernelReport
-from dibit.kernels.triton.report_small import HEADS, HIDDEN, KV_HEADS, MLP, CacheArguments, D, compiled_report
+from dibit.kernels.triton.fused import row_warps
+from dibit.kernels.triton.limits import SPLIT_KEYS
+from dibit.kernels.triton.qlinear import prepare_block, qmax_of
+from dibit.kernels.triton.report_model import LAUNCH_US, GpuModel, KernelReport
+from dibit.kernels.triton.report_small import (
+    HEADS,
+    HIDDEN,
+    KEYS,
+    KV_HEADS,
+    MLP,
+    NAMES,
+    CacheArguments,
+    D,
+    compiled_report,
+)
 
 SPLITS = 8
 """Runs of the product before: more than any plan makes of a 4096 x 4096 weight."""
 WIDE_HIDDEN = 8192
+ARRIVAL_US = 0.7
+"""From a program's last store to what it does as the last to arrive: stores seen by all, an atomic addition, a load."""
 
 _OWED = {"x": "*fp32", "x_sums": "*fp32", "x_factors": "*fp32", "scales": "*fp16", "zeros": "*u8"}
 _STORED = {"half": "*fp16", "sums": "*fp32", "factors": "*fp32"}
@@ -82,16 +98,62 @@ def silu_prepare(gpu: GpuModel, *, columns: int) -> KernelReport:
     )
 
 
-def attended_prepare(gpu: GpuModel, *, columns: int) -> KernelReport:
-    return _row_report(
-        f"attended_prepare {columns}",
-        attended_prepare_kernel,
+def attended_us(gpu: GpuModel, *, splits: int, columns: int, group: int, runs: int) -> float:
+    """What a launch of attention for one token spends before and after its keys: each program reads the runs of its
+    heads, one joins the splits of a KV head's `group` heads, one prepares the row of all heads, of `columns`."""
+    first = 4 * D * runs * (2 * group + 3)
+    joining = 4 * D * group * (splits + 1) if splits > 1 else 0
+    arrivals = 2 if splits > 1 else 1
+    return gpu.row_us(first + joining + (4 + 4 + 2) * columns) - LAUNCH_US + arrivals * ARRIVAL_US
+
+
+def decode_attended(gpu: GpuModel, *, kind: str, keys: int = KEYS) -> KernelReport:
+    cache, splits, group = CacheArguments(kind), -(-keys // SPLIT_KEYS), HEADS // KV_HEADS
+    cut = blocks(group, 1, codes=cache.bits < 16)
+    integers = ("T", "MP", "KP", "GROUPS", "HEADS", "KV_HEADS", "GROUP_HEADS", "TABLE_STRIDE", "BLOCK_SIZE")
+    apart = ("shares", "weights")
+    made = compiled_report(
+        f"decode attention {keys} {NAMES[kind]}",
+        decode_attention_kernel,
         gpu,
-        columns=columns,
-        types={"x": "*fp32", "weights": "*fp32", "SPLITS": "i32", "D": "i32"},
-        constants={"PARTIAL": columns <= MAX_JOINED_COLUMNS},
-        row_bytes=columns * (4 * (SPLITS if columns <= MAX_JOINED_COLUMNS else 1) + 2),
+        types={
+            "qkv": "*fp32",
+            **{f"qkv_{name}": "*fp32" for name in ("sums", "factors")},
+            **{name: _OWED[name] for name in ("scales", "zeros")},
+            "positions": "*i64",
+            "cos": "*fp32",
+            "sin": "*fp32",
+            **cache.types,
+            "slots": "*i64",
+            "seq_lens": "*i32",
+            "block_tables": "*i32",
+            **(dict.fromkeys(apart, "*fp32") if splits > 1 else {}),
+            "row": "*fp32",
+            "arrivals": "*i32",
+            **_STORED,
+            "scale": "fp32",
+            **dict.fromkeys((*integers, "TABLE_SPLITS", "SPLIT_KEYS", "HALF", "D"), "i32"),
+        },
+        constants={
+            **_END,
+            **_FORMAT,
+            **cache.constants,
+            **({} if splits > 1 else dict.fromkeys(apart)),
+            "JOIN": splits > 1,
+            "BLOCK_D": D,
+            "BLOCK_Q": cut.tokens,
+            "BLOCK_G": cut.heads,
+            "BLOCK_N": BLOCK_KEYS,
+            "BLOCK": prepare_block(HIDDEN),
+        },
+        moved=2 * KV_HEADS * keys * cache.row_bytes + (HEADS + 2 * KV_HEADS) * D * 4 * SPLITS + HEADS * D * 10,
+        warps=cut.warps,
+        stages=STAGES,
+        products=2.0 * HEADS * D * keys,
+        multiples_of_16=("KP", "BLOCK_SIZE", "SPLIT_KEYS", "HALF", "D"),
     )
+    time_us = made.predicted_us + attended_us(gpu, splits=splits, columns=HIDDEN, group=group, runs=SPLITS)
+    return replace(made, predicted_us=time_us, bandwidth_share=made.bandwidth_share * made.predicted_us / time_us)
 
 
 def rope_of_runs(gpu: GpuModel) -> KernelReport:
@@ -126,7 +188,7 @@ FUSED: tuple[Callable[[GpuModel], KernelReport], ...] = (
     partial(norm_prepare, columns=WIDE_HIDDEN),
     partial(norm_prepare, columns=HIDDEN, activation_bits=8),
     partial(silu_prepare, columns=MLP),
-    partial(attended_prepare, columns=HIDDEN),
-    partial(attended_prepare, columns=WIDE_HIDDEN),
+    *(partial(decode_attended, kind=kind) for kind in NAMES),
+    partial(decode_attended, kind="fp16", keys=SPLIT_KEYS),
     rope_of_runs,
 )

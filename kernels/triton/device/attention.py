@@ -15,6 +15,8 @@ import triton.language as tl
 
 from dibit.kernels.triton.device.cache import load_rows
 
+JOINED_AT_ONCE = tl.constexpr(4)
+
 
 @triton.jit
 def attend_split(
@@ -187,20 +189,32 @@ def attention_kernel(
 
 
 @triton.jit
+def joined(shares, weights, first, there, d, inside, splits, D):
+    """Columns d of rows whose splits lie at first, first + 1, ... of shares [.., D] and weights [..], joined as
+    attention_kernel joins splits itself. `first` and `there`, the rows that are, go together with d and `inside`."""
+    highest = tl.where(there, -1.0e30, 0.0)
+    total = tl.where(there, 0.0, 1.0)
+    acc = tl.zeros(inside.shape, tl.float32)
+    for begin in range(0, splits, JOINED_AT_ONCE):
+        # So that the loads of several are under way at once; one that is not there changes nothing.
+        for split in tl.static_range(JOINED_AT_ONCE):
+            at = first + begin + split
+            known = begin + split < splits
+            weight = tl.load(weights + at, mask=there & known, other=float("-inf"))
+            share = tl.load(shares + at * D + d, mask=inside & known, other=0.0)
+            higher = tl.maximum(highest, weight)
+            old = tl.exp2(highest - higher)
+            new = tl.exp2(weight - higher)
+            acc = acc * old + share * new
+            total = total * old + new
+            highest = higher
+    return acc / total
+
+
+@triton.jit
 def merge_kernel(partial, weights, out, SPLITS, D, BLOCK_D: tl.constexpr):
     """partial [rows, SPLITS, D] -> out [rows, D], as attention_kernel joins splits itself; one program a row."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    highest = -1.0e30
-    total = 0.0
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for split in range(SPLITS):
-        weight = tl.load(weights + row * SPLITS + split)
-        share = tl.load(partial + (row * SPLITS + split) * D + d, mask=d < D, other=0.0)
-        higher = tl.maximum(highest, weight)
-        old = tl.exp2(highest - higher)
-        new = tl.exp2(weight - higher)
-        acc = acc * old + share * new
-        total = total * old + new
-        highest = higher
-    tl.store(out + row * D + d, (acc / total).to(out.dtype.element_ty), mask=d < D)
+    result = joined(partial, weights, row * SPLITS, row >= 0, d, d < D, SPLITS, D)
+    tl.store(out + row * D + d, result.to(out.dtype.element_ty), mask=d < D)

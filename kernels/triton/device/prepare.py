@@ -93,8 +93,9 @@ def store_group_sums(back, first, m, sums, MP, GROUPS, GROUP: tl.constexpr, BLOC
 
 
 @triton.jit
-def prepare_kernel(
+def prepare_row(
     x,
+    m,
     half,
     sums,
     factors,
@@ -108,11 +109,7 @@ def prepare_kernel(
     BLOCK: tl.constexpr,
     QMAX: tl.constexpr,
 ):
-    """One token a program. x [M, K] -> half [MP, KP], sums [GROUPS, MP], factors [MP]; rows M.. become zeros.
-
-    GROUP 0 is one group a row. BLOCK is a multiple of 256, so of every unit and group.
-    """
-    m = tl.program_id(0)
+    """Row m of x [M, K], or of the padding, by one program; as prepare_kernel."""
     k = tl.arange(0, BLOCK)
     row = x + m.to(tl.int64) * K
     most = tl.zeros((BLOCK,), tl.float32)
@@ -137,6 +134,31 @@ def prepare_kernel(
             store_group_sums(back, start, m, sums, MP, GROUPS, GROUP, BLOCK)
     if GROUP == 0:
         tl.store(sums + m + tl.arange(0, 1), total)
+
+
+@triton.jit
+def prepare_kernel(
+    x,
+    half,
+    sums,
+    factors,
+    M,
+    MP,
+    K,
+    KP,
+    GROUPS,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    QMAX: tl.constexpr,
+):
+    """One token a program. x [M, K] -> half [MP, KP], sums [GROUPS, MP], factors [MP]; rows M.. become zeros.
+
+    GROUP 0 is one group a row. BLOCK is a multiple of 256, so of every unit and group.
+    """
+    prepare_row(
+        x, tl.program_id(0), half, sums, factors, M, MP, K, KP, GROUPS, BITS, GROUP, BLOCK, QMAX
+    )  # fmt: skip
 
 
 @triton.jit

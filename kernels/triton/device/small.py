@@ -42,6 +42,62 @@ def silu_mul_kernel(gate_up, y, COLUMNS, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def turned(
+    qkv,
+    sums,
+    factors,
+    scales,
+    zeros,
+    bias,
+    cos,
+    sin,
+    m,
+    position,
+    first,
+    d,
+    inside,
+    T,
+    WIDTH,
+    HALF,
+    SPLITS: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
+    ZERO_BASE: tl.constexpr,
+    ZERO_STEP: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Elements d of heads of token m, rotated by the angles of `position`, float32; a head's columns begin at `first`.
+    first, d and `inside` may be of any shapes that go together. qkv [T, WIDTH] as `finished` takes it."""
+    x = finished(
+        qkv, sums, factors, scales, zeros, bias, m, first + d, inside, T, WIDTH,
+        SPLITS, PARTIAL, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
+    )  # fmt: skip
+    # The other element of the pair, and its angle: j with j + HALF, for the first 2 * HALF columns.
+    low = d < HALF
+    rotated = d < 2 * HALF
+    partner = finished(
+        qkv, sums, factors, scales, zeros, bias, m, first + tl.where(low, d + HALF, d - HALF), inside & rotated,
+        T, WIDTH, SPLITS, PARTIAL, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
+    )  # fmt: skip
+    angle = position * HALF + tl.where(low, d, d - HALF)
+    c = tl.load(cos + angle, mask=rotated, other=1.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=rotated, other=0.0).to(tl.float32)
+    # Which of the products an addition takes in unrounded is not left to the compiler: several kernels rotate.
+    return tl.fma(x, c, tl.where(low, -partner, partner) * s)
+
+
+@triton.jit
+def store_token(
+    cache, grid, x, slot, kv_head, KV_HEADS, BLOCK_SIZE, D,
+    WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x [BLOCK_D], the key or value of one head and token, to the cache at `slot`; nothing where that is negative. Its
+    type is that of the activations, to which the reference's rotation rounds first."""
+    at = ((slot // BLOCK_SIZE) * KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
+    store_row(cache, grid, at, x.to(tl.float32), slot >= 0, D, WIDTH, BITS, BLOCK_D)
+
+
+@triton.jit
 def rope_kv_write_kernel(
     qkv,
     sums,
@@ -83,38 +139,31 @@ def rope_kv_write_kernel(
     """
     head = tl.program_id(0)
     m = tl.program_id(1)
-    t = m.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     width = (HEADS + 2 * KV_HEADS) * D
-    x = finished(
-        qkv, sums, factors, scales, zeros, bias, m, head * D + d, inside, T, width,
-        SPLITS, PARTIAL, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
-    )  # fmt: skip
-    # The other element of the pair, and its angle: j with j + HALF, for the first 2 * HALF columns.
-    low = d < HALF
-    rotated = d < 2 * HALF
-    partner = finished(
-        qkv, sums, factors, scales, zeros, bias, m, head * D + tl.where(low, d + HALF, d - HALF), rotated, T, width,
-        SPLITS, PARTIAL, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
-    )  # fmt: skip
-    angle = tl.load(positions + t) * HALF + tl.where(low, d, d - HALF)
-    c = tl.load(cos + angle, mask=rotated, other=1.0)
-    s = tl.load(sin + angle, mask=rotated, other=0.0)
-    turned = x * c + tl.where(low, -partner, partner) * s
-    value = tl.where(rotated & (head < HEADS + KV_HEADS), turned, x)
-    if head < HEADS:
-        tl.store(q + (t * HEADS + head) * D + d, value.to(q.dtype.element_ty), mask=inside)
-    else:
-        slot = tl.load(slots + t)
-        kv_head = tl.where(head < HEADS + KV_HEADS, head - HEADS, head - HEADS - KV_HEADS)
-        at = ((slot // BLOCK_SIZE) * KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
-        # Rounded to the activations' type first, as the reference's rotation is.
-        stored = value.to(qkv.dtype.element_ty).to(tl.float32)
-        if head < HEADS + KV_HEADS:
-            store_row(k_cache, k_grid, at, stored, slot >= 0, D, K_WIDTH, K_BITS, BLOCK_D)
+    kv_head = head - HEADS
+    if head < HEADS + KV_HEADS:
+        value = turned(
+            qkv, sums, factors, scales, zeros, bias, cos, sin, m, tl.load(positions + m), head * D, d, inside,
+            T, width, HALF, SPLITS, PARTIAL, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
+        )  # fmt: skip
+        if head < HEADS:
+            tl.store(q + (m.to(tl.int64) * HEADS + head) * D + d, value.to(q.dtype.element_ty), mask=inside)
         else:
-            store_row(v_cache, v_grid, at, stored, slot >= 0, D, V_WIDTH, V_BITS, BLOCK_D)
+            store_token(
+                k_cache, k_grid, value.to(qkv.dtype.element_ty), tl.load(slots + m), kv_head, KV_HEADS, BLOCK_SIZE, D,
+                K_WIDTH, K_BITS, BLOCK_D,
+            )  # fmt: skip
+    else:
+        value = finished(
+            qkv, sums, factors, scales, zeros, bias, m, head * D + d, inside, T, width,
+            SPLITS, PARTIAL, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BIAS,
+        )  # fmt: skip
+        store_token(
+            v_cache, v_grid, value.to(qkv.dtype.element_ty), tl.load(slots + m), kv_head - KV_HEADS, KV_HEADS,
+            BLOCK_SIZE, D, V_WIDTH, V_BITS, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -21,6 +21,7 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         import dibit.kernels.triton.attention
+        import dibit.kernels.triton.decode
         import dibit.kernels.triton.fused
         import dibit.kernels.triton.head_norm
         import dibit.kernels.triton.qlinear
