@@ -1,7 +1,8 @@
 """Charts of measured figures, out of the JSON that the bench commands write. What is drawn, not how.
 
-A file is known by its keys: a result of `bench serve`, `bench decode`, `bench ops`, or of the comparison with
-llama.cpp. Speeds of different processors are never put into one chart: files that were measured on several are refused.
+A file is known by its keys: a result of `bench serve`, `bench decode`, `bench ops`, of the comparison with llama.cpp,
+or of `make gpu` (gpu_charts.py). Speeds of different processors are never put into one chart: files that were measured
+on several are refused, every GPU has its own charts.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Results:
     decode: list[Record] = field(default_factory=list)
     ops: list[Record] = field(default_factory=list)
     comparisons: list[Record] = field(default_factory=list)
+    gpus: list[Record] = field(default_factory=list)
     cpus: set[str] = field(default_factory=set)
     unknown: list[Path] = field(default_factory=list)
 
@@ -70,7 +72,7 @@ def read_results(paths: Iterable[Path]) -> Results:
                     results.unknown.append(file)
         elif not _add(results, _load(path)):
             raise ConfigError(
-                f"{path} holds no results of bench serve, decode or ops, nor of the comparison with llama.cpp"
+                f"{path} holds no results of bench serve, decode or ops, make gpu, or the comparison with llama.cpp"
             )
     if len(results.cpus) > 1:
         raise ConfigError(f"results of several processors ({', '.join(sorted(results.cpus))}); plot them one by one")
@@ -143,6 +145,7 @@ def _add(results: Results, data: Any) -> bool:
         ("decode_tok_s", results.decode),
         ("gmac_s", results.ops),
         ("llama_cpp", results.comparisons),
+        ("timings", results.gpus),
     )
     for key, kind in kinds:
         if all(key in record for record in records):
@@ -202,7 +205,7 @@ def _lines(records: Sequence[Record], x: Callable[[Record], float], keys: Mappin
     lines = []
     for i, (name, group) in enumerate(sorted(groups.items())):
         for dashed, (suffix, key) in zip((False, True), keys.items(), strict=False):
-            points = _medians((x(record), float(record[key])) for record in group if record.get(key) is not None)
+            points = medians((x(record), float(record[key])) for record in group if record.get(key) is not None)
             style = f"s{(i + 1) % _COLOURS}" + (" dashed" if dashed else "")
             lines.append(Series(name + suffix, points, style))
     return [line for line in lines if line.points]
@@ -216,7 +219,7 @@ def _value(key: str, record: Record) -> float:
     return float(record[key])
 
 
-def _medians(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+def medians(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     """One point for every place, in order: a run that was made again counts once."""
     places: dict[float, list[float]] = defaultdict(list)
     for x, y in points:
@@ -243,8 +246,8 @@ def _decoding(records: Sequence[Record]) -> list[Chart]:
     for i, ((model, bits, prompt_len), group) in enumerate(sorted(groups.items())):
         style = f"s{(i + 1) % _COLOURS}"
         name = f"{Path(model).name}, {bits:g} bits, after {prompt_len} tokens"
-        speeds = _medians((record["batch"], record["decode_tok_s"]) for record in group)
-        limits = _medians(
+        speeds = medians((record["batch"], record["decode_tok_s"]) for record in group)
+        limits = medians(
             (record["batch"], record["bandwidth_gb_s"] * 1e9 / record["weight_bytes_per_token"]) for record in group
         )
         lines += [Series(name, speeds, style), Series(f"{name}, limit of bandwidth", limits, f"{style} dashed")]

@@ -8,11 +8,11 @@ bits do not depend on how many tokens there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dibit.bench.gpu_records import Check
 from dibit.engine import draw
 from dibit.engine.config import SamplingParams
 from dibit.kernels.activation import silu_mul_reference
@@ -29,15 +29,6 @@ from dibit.kernels.triton.layout import pack
 
 ROUNDED = (Format(4, 128), Format(4, PER_CHANNEL), Format(8, 64), Format(8, 128), Format(2, 64))
 """Weights of the products of rounded activations: all that integer tensor cores multiply, and one that they do not."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """`passed`, and by what figure: an error as a share of what is allowed, or what went wrong."""
-
-    name: str
-    passed: bool
-    detail: str
 
 
 def random_weight(n: int, k: int, format: Format, device: torch.device) -> QTensor:

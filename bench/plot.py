@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dibit.bench.charts import Chart, Results, Table, charts_of, tables_of
+from dibit.bench.gpu_charts import gpu_charts, gpu_tables
 from dibit.engine.errors import ConfigError
 from dibit.quantize.report_style import STYLE
 from dibit.quantize.report_svg import escape, line_chart, number
@@ -21,7 +22,8 @@ def plot(results: Results, out: Path) -> list[Path]:
 
     Raises ConfigError when there is nothing to draw, or `out` cannot be written.
     """
-    charts, tables = charts_of(results), tables_of(results)
+    charts = [*charts_of(results), *gpu_charts(results.gpus)]
+    tables = [*tables_of(results), *gpu_tables(results.gpus)]
     if not charts and not tables:
         raise ConfigError(
             "there are no results to draw; bench serve, decode and ops write them with --save-result, --json"
@@ -30,7 +32,8 @@ def plot(results: Results, out: Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         page = out / HTML_NAME
         aside = page.with_name(page.name + ".partial")
-        aside.write_text(render(charts, tables, cpu=", ".join(sorted(results.cpus))), encoding="utf-8")
+        processors = sorted(results.cpus | {run["gpu"] for run in results.gpus})
+        aside.write_text(render(charts, tables, measured_on=", ".join(processors)), encoding="utf-8")
         aside.replace(page)
         return [page, *(_write_png(chart, out) for chart in charts if has_png())]
     except OSError as error:
@@ -41,7 +44,7 @@ def has_png() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def render(charts: Sequence[Chart], tables: Sequence[Table], *, cpu: str) -> str:
+def render(charts: Sequence[Chart], tables: Sequence[Table], *, measured_on: str) -> str:
     """The page."""
     sections = [
         (
@@ -65,7 +68,7 @@ def render(charts: Sequence[Chart], tables: Sequence[Table], *, cpu: str) -> str
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>dibit bench</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>dibit bench</h1><p>{escape(cpu)}</p>{body}</body></html>\n"
+        f"<body><h1>dibit bench</h1><p>{escape(measured_on)}</p>{body}</body></html>\n"
     )
 
 

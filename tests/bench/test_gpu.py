@@ -1,19 +1,55 @@
-"""The GPU bench: a machine without a GPU is told so; checks fail where kernels fail; on a GPU, they pass."""
+"""The GPU bench: a machine without a GPU is told so; sections are cut off, peers left out with a reason; on a GPU, the
+checks pass."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from dibit.bench import gpu
+from dibit.bench.charts import read_results
+from dibit.bench.gpu_charts import gpu_charts, gpu_tables
+from dibit.bench.gpu_checks import random_weight
+from dibit.bench.gpu_peers import PEERS, Linear, Peer, WrongProduct, checked, torch_linear
+from dibit.bench.gpu_records import (
+    Bandwidth,
+    Check,
+    Decoding,
+    GpuRun,
+    Note,
+    PeerTiming,
+    Row,
+    Timing,
+    append,
+    read,
+)
+from dibit.bench.gpu_sections import peer_products, until
+from dibit.bench.plot import plot
+from dibit.kernels.formats import Format, QTensor
 from dibit.kernels.triton import availability
+from dibit.server.output import write_json
+
+CPU = torch.device("cpu")
+TIMING = Timing("Llama-2-7B", 4096, 4096, 1, 4, 128, us=8.0, predicted_us=6.0, weight_bytes=8_000_000)
+ROWS: tuple[Row, ...] = (
+    Check("qlinear", True, "fine"),
+    Bandwidth(2000.0),
+    TIMING,
+    PeerTiming("torch", "Llama-2-7B", 4096, 4096, 1, 16, us=24.0),
+    Decoding("demo", 8, 128, 900.5),
+    Note("marlin", "vllm is not installed"),
+)
 
 
-def test_without_a_gpu_it_says_so_and_writes_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     reason = availability.unavailable()
     assert reason is not None
@@ -26,6 +62,157 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert f"gpu: {reason}" in done.stderr
+
+
+def test_rows_come_back_and_half_a_line_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert list(read(path)) == []
+    for row in ROWS:
+        append(path, row)
+    with path.open("a") as file:
+        file.write('{"row": "Check", "na')
+    assert tuple(read(path)) == ROWS
+    run = GpuRun("a GPU", "8.0", "2", "3")
+    run.add(read(path))
+    assert (run.checks, run.bandwidth, run.timings, run.peers, run.decoding, run.notes) == tuple([row] for row in ROWS)
+
+
+def test_a_section_ends_when_its_time_is_up_or_with_its_error() -> None:
+    def rows(*, broken: bool) -> Iterator[Row]:
+        yield Bandwidth(1.0)
+        if broken:
+            raise RuntimeError("an illegal memory access was encountered")
+        yield Bandwidth(2.0)
+
+    late = list(until(time.monotonic() - 1, "products", rows(broken=False)))
+    assert late == [Bandwidth(1.0), Note("products", "time was up after 1 rows")]
+    broken = list(until(time.monotonic() + 60, "products", rows(broken=True)))
+    assert broken == [Bandwidth(1.0), Note("products", "RuntimeError: an illegal memory access was encountered")]
+    assert list(until(time.monotonic() + 60, "products", rows(broken=False))) == [Bandwidth(1.0), Bandwidth(2.0)]
+
+
+def test_what_a_crashed_section_found_is_kept_and_time_passes_on(tmp_path: Path) -> None:
+    run, given = GpuRun("a GPU", "8.0", "2", "3"), dict[str, tuple[str, ...]]()
+
+    def start(arguments: Sequence[str], limit_s: float) -> str | None:
+        name, _, path, _, seconds, *others = arguments
+        given[name] = (seconds, *others)
+        append(Path(path), Check(name, True, ""))
+        return "its process ended with status -6" if name == "first" else None
+
+    out = tmp_path / "gpu.json"
+    gpu.run_sections(run, {"first": 100.0, "second": 50.0}, out, model="some/model", start=start)
+    assert given == {"first": ("100", "--model", "some/model"), "second": ("150", "--model", "some/model")}
+    assert [check.name for check in run.checks] == ["first", "second"]
+    assert run.notes == [Note("first", "its process ended with status -6")]
+    assert len(json.loads(out.read_text())["checks"]) == 2
+
+
+def test_a_section_that_hangs_is_killed_and_a_failing_one_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "section"
+    monkeypatch.setattr(sys, "executable", str(script))
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.chmod(0o755)
+    assert gpu.started(["checks"], 0.2) == "killed after 0 s"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    assert gpu.started(["checks"], 20.0) == "its process ended with status 3"
+    script.write_text("#!/bin/sh\nexit 0\n")
+    assert gpu.started(["checks"], 20.0) is None
+
+
+def timed_by(build: Callable[[QTensor], Linear], *, package: str = "torch") -> list[Row]:
+    peer = Peer(package, (Format(4, 128),), build, zero=8)
+    shapes = {"tiny": ((64, 256), (128, 128))}
+
+    def measure(calls: Sequence[Callable[[], object]]) -> float:
+        calls[0]()
+        return 5.0
+
+    return list(peer_products("other", peer, CPU, None, shapes=shapes, measure=measure))
+
+
+def test_peers_are_timed_and_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dibit.bench.gpu_sections.cold_copies", lambda nbytes: 2)
+    rows = timed_by(torch_linear)
+    assert rows[0] == PeerTiming("other", "tiny", 64, 256, 1, 4, 5.0)
+    assert len(rows) == 6
+    assert timed_by(torch_linear, package="no_such_package") == [Note("other", "no_such_package is not installed")]
+
+    def broken(w: QTensor) -> Linear:
+        raise ImportError("undefined symbol: cudaGraphs")
+
+    wanted = "tiny [64, 256] int4-g128: ImportError: undefined symbol: cudaGraphs"
+    assert timed_by(broken)[0] == Note("other", wanted)
+
+    def wrong(w: QTensor) -> Linear:
+        def run(x: Tensor) -> Tensor:
+            return torch_linear(w)(x) * 2
+
+        return run
+
+    found = timed_by(wrong)
+    assert len(found) == 2
+    assert all(isinstance(row, Note) and "WrongProduct: its result is off by 1 of" in row.text for row in found)
+
+
+def test_a_peer_gets_a_weight_it_knows_and_must_multiply_it() -> None:
+    w = random_weight(64, 256, Format(4, 128), CPU)
+    symmetric = PEERS["marlin"].weight(w)
+    assert set(symmetric.zeros.flatten().tolist()) == {8}
+    assert PEERS["gemlite"].weight(w) is w
+    x = torch.randn(3, 256, dtype=torch.float16)
+    checked(torch_linear(w), w, x)
+    with pytest.raises(WrongProduct):
+        checked(torch_linear(symmetric), w, x)
+    with pytest.raises(WrongProduct):
+        checked(lambda x: torch_linear(w)(x) * float("nan"), w, x)
+
+
+def full_run() -> GpuRun:
+    run = GpuRun("NVIDIA A100", "8.0", "2", "3")
+    run.add(ROWS)
+    run.add(
+        [
+            Check("draws", False, "token 3, not 4"),
+            Timing("Llama-2-7B", 4096, 4096, 16, 4, 128, us=10.0, predicted_us=None, weight_bytes=8_000_000),
+            Timing("Llama-2-7B", 12288, 4096, 1, 4, 128, us=16.0, predicted_us=15.0, weight_bytes=24_000_000),
+            PeerTiming("torch", "Llama-2-7B", 12288, 4096, 1, 16, us=80.0),
+            PeerTiming("marlin", "Llama-2-7B", 12288, 4096, 1, 4, us=8.0),
+            PeerTiming("gemlite", "Llama-2-7B", 4096, 4096, 1, 2, us=8.0),
+        ]
+    )
+    return run
+
+
+def test_charts_hold_what_was_found(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    write_json(full_run(), str(out))
+    results = read_results([out])
+    charts = {chart.name: {s.name: list(s.points) for s in chart.series} for chart in gpu_charts(results.gpus)}
+    assert charts == {
+        "NVIDIA-A100-predicted": {"as predicted": [(6.0, 6.0), (16.0, 16.0)], "4 bits": [(6.0, 8.0), (15.0, 16.0)]},
+        "NVIDIA-A100-bandwidth": {"4 bits": [(1, pytest.approx((50 + 75) / 2)), (16, pytest.approx(40.0))]},
+        "NVIDIA-A100-beside-torch": {"4 bits": [(1, 4.0)]},
+        "NVIDIA-A100-beside-marlin": {"4 bits": [(1, 0.5)]},
+    }
+    checks, ratios, speeds, left_out = gpu_tables(results.gpus)
+    assert checks.title == "NVIDIA A100: 1 of 2 checks failed"
+    assert ratios.rows[0] == ("torch", "4", "1", "4.00", "3.00", "[4096, 4096]")
+    assert speeds.rows == [("demo", "8", "900.5")]
+    assert left_out.rows == [("marlin", "vllm is not installed")]
+    page = plot(results, tmp_path / "pictures")[0].read_text()
+    assert "NVIDIA A100: beside marlin" in page
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_a_run_cut_short_still_makes_a_page(tmp_path: Path) -> None:
+    run = GpuRun("NVIDIA A100", "8.0", "2", "3", notes=[Note("checks", "killed after 200 s")])
+    write_json(run, str(tmp_path / "gpu.json"))
+    results = read_results([tmp_path / "gpu.json"])
+    assert gpu_charts(results.gpus) == []
+    assert "killed after 200 s" in plot(results, tmp_path / "pictures")[0].read_text()
 
 
 @pytest.mark.gpu
