@@ -91,12 +91,15 @@ void pack_meta(const QWeight& w, const uint8_t* zeros, const uint8_t* scales, in
   }
 }
 
-// Buffers of the calling thread for quantized activations; they only grow.
+// Work that is worth waking a second thread for, in bytes of weights times tokens.
+constexpr int64_t kGrainBytes = 16 << 10;
+
+// Buffers of the calling thread for the quantized activations of some tokens; they only grow.
 class Workspace {
  public:
-  bool reserve(int64_t m, const QWeight& w) {
-    const int64_t codes = m * w.padded;
-    const int64_t needed = codes + 2 * m * w.blocks * static_cast<int64_t>(sizeof(float)) + 64;
+  bool reserve(int64_t tokens, const QWeight& w) {
+    const int64_t rows = rounded(tokens), codes = rows * w.padded;
+    const int64_t needed = codes + 2 * rows * w.blocks * static_cast<int64_t>(sizeof(float));
     if (needed > capacity_) {
       buffer_.reset();
       capacity_ = 0;
@@ -106,18 +109,34 @@ class Workspace {
       capacity_ = needed;
     }
     codes_ = reinterpret_cast<int8_t*>(buffer_.get());
-    scales_ = reinterpret_cast<float*>(buffer_.get() + (codes + 63) / 64 * 64);
-    sums_ = scales_ + m * w.blocks;
+    scales_ = reinterpret_cast<float*>(buffer_.get() + codes);
+    sums_ = scales_ + rows * w.blocks;
     return true;
   }
-  int8_t* codes() const { return codes_; }
-  float* scales() const { return scales_; }
-  float* sums() const { return sums_; }
+
+  // Quantizes x [tokens, w.k].
+  Activations quantize(const QKernels& kernel, const QWeight& w, const float* x, int64_t tokens, int row_qmax) const {
+    const Order order = kernel.order(w, tokens);
+    const int64_t stride = tokens == 1 ? 1 : rounded(tokens);
+    for (int64_t b = 0; b < w.blocks && stride != tokens; ++b)
+      for (int64_t t = tokens; t < stride; ++t) scales_[b * stride + t] = sums_[b * stride + t] = 0.0f;
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t in_tile = t % kTokenTile;
+        int8_t* codes = codes_ + (t - in_tile) * w.padded + in_tile * order.token;
+        kernel.quantize(x + t * w.k, w, row_qmax, {codes, order.block, order.cell, scales_ + t, sums_ + t, stride});
+      }
+    };
+    parallel_for(tokens, std::max<int64_t>(1, kGrainBytes / w.padded), body);
+    return {codes_, scales_, sums_, stride};
+  }
 
  private:
   struct Free {
     void operator()(uint8_t* memory) const { std::free(memory); }
   };
+  static int64_t rounded(int64_t tokens) { return (tokens + kTokenTile - 1) / kTokenTile * kTokenTile; }
+
   std::unique_ptr<uint8_t, Free> buffer_;
   int64_t capacity_ = 0;
   int8_t* codes_ = nullptr;
@@ -133,30 +152,25 @@ int64_t token_block(const QWeight& w, int64_t m) {
   return std::min<int64_t>(((m + count - 1) / count + 15) / 16 * 16, kMaxTokens);
 }
 
-// Work that is worth waking a second thread for, in bytes of weights times tokens.
-constexpr int64_t kGrainBytes = 16 << 10;
-
-void linear(const QWeight& w, const float* x, int64_t m, const float* bias, int row_qmax, float* y,
+// y [M, N] of x [M, K]; false without memory for the activations.
+bool linear(const QWeight& w, const float* x, int64_t m, const float* bias, int row_qmax, float* y,
             Workspace& space) {
   const QKernels& kernel = kernels();
-  auto quantize = [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
-      kernel.quantize(x + t * w.k, w, row_qmax, space.codes() + t * w.padded, space.scales() + t * w.blocks,
-                      space.sums() + t * w.blocks);
-  };
-  parallel_for(m, std::max<int64_t>(1, kGrainBytes / w.padded), quantize);
   const int64_t step = token_block(w, m);
+  if (!space.reserve(std::min(step, m), w)) return false;
   for (int64_t first = 0; first < m; first += step) {
     const int64_t tokens = std::min(step, m - first);
-    const Activations a{space.codes() + first * w.padded, space.scales() + first * w.blocks,
-                        space.sums() + first * w.blocks};
+    const Activations a = space.quantize(kernel, w, x + first * w.k, tokens, row_qmax);
     float* out = y + first * w.n;
     auto body = [&](int64_t begin, int64_t end) {
       if (tokens == 1) kernel.gemv(w, a, bias, out, begin, end);
       else kernel.gemm(w, a, tokens, bias, out, begin, end);
     };
-    parallel_for(w.panels(), std::max<int64_t>(1, kGrainBytes / (w.panel_bytes() * tokens)), body);
+    // Several tokens: panels in pairs, which share loads of activations.
+    const int64_t least = tokens == 1 ? 1 : 2;
+    parallel_for(w.panels(), std::max<int64_t>(least, kGrainBytes / (w.panel_bytes() * tokens)), body);
   }
+  return true;
 }
 
 void embedding_row(const QWeight& w, int64_t id, float* y) {
@@ -228,10 +242,8 @@ DIBIT_API int dibit_qlinear(const QWeight* w, const float* x, int64_t m, const f
   const bool width = activation_bits == 0 || (activation_bits >= 2 && activation_bits <= 8);
   if (!dibit::valid(*w) || m < 0 || !width) return dibit::kBadLayout;
   if (m == 0) return dibit::kOk;
-  if (!space.reserve(m, *w)) return dibit::kNoMemory;
   const int row_qmax = activation_bits == 0 ? 0 : (1 << (activation_bits - 1)) - 1;
-  dibit::linear(*w, x, m, bias, row_qmax, y, space);
-  return dibit::kOk;
+  return dibit::linear(*w, x, m, bias, row_qmax, y, space) ? dibit::kOk : dibit::kNoMemory;
 }
 
 // ids [T], y [T, K].

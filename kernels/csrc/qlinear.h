@@ -55,17 +55,45 @@ struct QWeight {
   __attribute__((always_inline)) int64_t panel_bytes() const { return padded / 4 * kCell * bits / 8; }
 };
 
+// Tokens whose activations lie together.
+constexpr int kTokenTile = 16;
+
+// How the codes of 16 tokens lie: the bytes from one token, block and cell of 4 columns to the next.
+struct Order {
+  int64_t token, block, cell;
+};
+
+// Row after row.
+static inline Order by_row(const QWeight& w) { return {w.padded, w.block, 4}; }
+// A cell of every token, then the next: what is multiplied with a cell of weights has one address and 16 offsets.
+static inline Order by_cell(const QWeight& w) { return {4, kTokenTile * w.block, 4 * kTokenTile}; }
+// A block of every token, then the next: the operand of a matrix unit.
+static inline Order by_block(const QWeight& w) { return {w.block, kTokenTile * w.block, 4}; }
+
+// Quantized activations of M tokens. There is memory for a multiple of 16; the scales and sums of what is not there
+// are 0, its codes anything.
 struct Activations {
-  const int8_t* codes;   // [M, padded]
-  const float* scales;   // [M, blocks]
-  const float* sums;     // [M, blocks]; sum of the codes of a block, an integer
+  const int8_t* codes;   // [M / 16] times 16 tokens of `padded` bytes, in the order that the body asked for
+  const float* scales;   // [blocks, stride]
+  const float* sums;     // [blocks, stride]; sum of the codes of a block, an integer
+  int64_t stride;        // M rounded up to a multiple of 16; 1 for one token
+};
+
+// Where one token's go.
+struct Quantized {
+  int8_t* codes;
+  int64_t block, cell;   // as in Order
+  float *scales, *sums;
+  int64_t stride;        // from one block's to the next
 };
 
 // One body per ISA.
 struct QKernels {
+  // The order in which gemm wants that many tokens; by row for one, which gemv takes.
+  Order (*order)(const QWeight& w, int64_t tokens);
   // One row of x, w.k columns and zeros up to w.padded. `row_qmax` is the largest code under one scale for the whole
   // row; 0: a scale for each block, and codes up to 127.
-  void (*quantize)(const float* x, const QWeight& w, int row_qmax, int8_t* codes, float* scales, float* sums);
+  void (*quantize)(const float* x, const QWeight& w, int row_qmax, const Quantized& to);
   // y[n] for the rows of panels [begin, end), one token.
   void (*gemv)(const QWeight& w, const Activations& a, const float* bias, float* y, int64_t begin, int64_t end);
   // y[m, n] (row stride w.n) for tokens [0, m), m <= kMaxTokens.
@@ -83,7 +111,7 @@ const QKernels& avx512_kernels();
 const QKernels& amx_kernels();
 #endif
 // The activations of the AVX-512 body too: a division per element bounds it.
-void quantize_avx2(const float* x, const QWeight& w, int row_qmax, int8_t* codes, float* scales, float* sums);
+void quantize_avx2(const float* x, const QWeight& w, int row_qmax, const Quantized& to);
 #endif
 
 // Calls body<bits, block> for the shape of `w`.

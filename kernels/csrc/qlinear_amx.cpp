@@ -3,7 +3,8 @@
 // `tdpbssd` multiplies 16 tokens of activations by a block of 16 rows of codes into 16 x 16 int32 sums. An unpacked
 // panel is the right operand as it lies in memory: a tile row wants 4 consecutive columns of 16 rows, which is a cell.
 // Where zero points are whole and codes narrow they are taken off while unpacking, so that the sums come out as
-// isum - z * asum. Sums go through L1 to the vector units, which scale them block by block as every other body does.
+// isum - z * asum. Sums go through L1 to the vector units, which scale them block by block as every other body does:
+// three instructions for 16 sums, which bound the whole. Activations lie block by block, 16 tokens in 512 bytes.
 //
 // Instructions are written out: gcc 12's intrinsics do not say what memory they read.
 #include "qlinear.h"
@@ -12,6 +13,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 // Below the includes: what the standard library inlines must stay runnable on every machine.
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")
@@ -20,26 +22,28 @@
 namespace dibit {
 namespace {
 
-constexpr int kTile = 16;
-// Blocks whose sums are made while those of as many before are scaled.
+template <int I>
+using Index = std::integral_constant<int, I>;
+
+// Panels that share a load of activations.
+constexpr int kPanels = 2;
+// Blocks whose products are made while those of as many before are scaled.
 constexpr int kSub = 4;
-// Columns unpacked at a time: with activations and sums they stay in L1.
-constexpr int64_t kColumns = 512;
+// Products in between: they are made in turn in as many tiles.
+constexpr int kInFlight = 2;
+// Columns unpacked at a time: with activations and sums of two threads they stay in L1.
+constexpr int64_t kColumns = 256;
 // With fewer tokens the vector units alone are as fast.
-constexpr int64_t kLeastTokens = 16;
+constexpr int64_t kLeastTokens = 9;
 
-// Tokens, and sums, of 16 and of the last few; the codes of a block.
-enum Tiles { kTokens, kLastTokens, kCodes, kSums, kLastSums };
+enum Tiles { kTokens = 0, kCodes = 2, kSums = 4 };
 
-// Tiles of this thread for blocks of `block` columns and `last` tokens beyond a multiple of 16.
+// Tiles of this thread for blocks of `block` columns: two of up to 16 tokens, two of codes, four of sums.
 class Configured {
  public:
-  Configured(int block, int last) {
-    set(kTokens, kTile, block);
-    if (last != 0) set(kLastTokens, last, block);
-    set(kCodes, block / 4, kCell);
-    set(kSums, kTile, kCell);
-    if (last != 0) set(kLastSums, last, kCell);
+  Configured(int block, int tokens) {
+    for (int i = 0; i < 2; ++i) set(kTokens + i, tokens, block), set(kCodes + i, block / 4, kCell);
+    for (int i = 0; i < 4; ++i) set(kSums + i, tokens, kCell);
     __asm__ volatile("ldtilecfg %0" ::"m"(config_));
   }
   // Tiles in use are 8 KB more to save with every switch of threads.
@@ -60,119 +64,167 @@ class Configured {
   Config config_;
 };
 
-using Dots = int32_t[kTile][kRows];
+// Integer sums of a block of 16 tokens in both panels.
+using Dots = int32_t[kPanels][kTokenTile][kRows];
+using Sums = float[kPanels][kRows];
+
+// A chunk of both panels, unpacked, and the activations that go with it.
+template <int BLOCK>
+struct Chunk {
+  const uint8_t* cells[kPanels];
+  ChunkMeta meta[kPanels];
+  const int8_t* codes;
+  const float *scales, *sums;
+  int64_t blocks, token_bytes, stride;
+
+  const int8_t* tokens(int64_t t, int64_t block) const {
+    return codes + t * token_bytes + block * BLOCK * kTokenTile;
+  }
+};
+
+// Blocks [block, block + count) of a chunk for tokens [t, t + 16), `tokens` of which there are.
+struct Place {
+  int64_t t, tokens, block, count;
+};
 
 template <int TILE>
 DIBIT_INLINE void load_tile(const void* from, int64_t stride) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
 }
 
-// Activations of some tokens from one block on.
-struct Tokens {
-  const int8_t* codes;
-  const float *scales, *sums;
-  int64_t stride, block_stride;
-};
+template <int TILE>
+DIBIT_INLINE void store_tile(void* to) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t{kCell}), "i"(TILE) : "memory");
+}
 
-// Blocks [first, first + count) of a chunk.
-struct Span {
-  int64_t first, count;
-};
+// Stores product I of a place.
+template <int I>
+DIBIT_INLINE void store_product(const Place& at, Dots* dots) {
+  if (I / kPanels < at.count) store_tile<kSums + I % 4>(dots[I / kPanels][I % kPanels]);
+}
 
-// An unpacked chunk of a panel.
-struct Chunk {
-  const uint8_t* cells;
-  ChunkMeta meta;
-};
-
-// dots[block][token][row] of a span.
-template <int BLOCK, bool CENTERED, int TOKENS, int SUMS>
-DIBIT_INLINE void multiply(const Chunk& chunk, const Span& span, const Tokens& x, Dots* dots) {
-  for (int64_t b = 0; b < span.count; ++b) {
-    const int64_t block = span.first + b;
-    load_tile<TOKENS>(x.codes + block * BLOCK, x.stride);
-    load_tile<kCodes>(chunk.cells + block * BLOCK * kRows, kCell);
-    __asm__ volatile("tilezero %%tmm%c0" ::"i"(SUMS));
-    if constexpr (CENTERED)
-      __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(TOKENS), "i"(kCodes));
-    else
-      __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(TOKENS), "i"(kCodes));
-    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(&dots[b]), "r"(int64_t{kCell}), "i"(SUMS) : "memory");
+// Product I of a place: block I / 2 in panel I % 2. The one before last is stored first: by now it is done.
+template <int BLOCK, bool CENTERED, int I>
+DIBIT_INLINE void multiply(const Chunk<BLOCK>& chunk, const Place& at, Dots* dots) {
+  constexpr int kBlock = I / kPanels, kPanel = I % kPanels;
+  constexpr int kOwn = kSums + I % 4, kX = kTokens + kBlock % 2, kV = kCodes + kPanel;
+  if (kBlock < at.count) {
+    const int64_t block = at.block + kBlock;
+    if constexpr (kPanel == 0) load_tile<kX>(chunk.tokens(at.t, block), BLOCK);
+    load_tile<kV>(chunk.cells[kPanel] + block * BLOCK * kRows, kCell);
+  }
+  if constexpr (I >= kInFlight) store_product<I - kInFlight>(at, dots);
+  if (kBlock < at.count) {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(kOwn));
+    if constexpr (CENTERED) __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kOwn), "i"(kX), "i"(kV));
+    else __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kOwn), "i"(kX), "i"(kV));
   }
 }
 
-// Scales a span's sums of T tokens, from `token` on, and adds them up.
-template <int T, bool CENTERED>
-DIBIT_INLINE void add(const Dots* dots, int token, const ChunkMeta& meta, const Span& span, const Tokens& x,
-                      float (*sums)[kRows]) {
-  __m512 sum[T];
-  for (int t = 0; t < T; ++t) sum[t] = _mm512_load_ps(sums[token + t]);
-  for (int64_t b = 0; b < span.count; ++b) {
-    const __m512 zero = _mm512_load_ps(meta.zeros[span.first + b]);
-    const __m512 scale = _mm512_load_ps(meta.scales[span.first + b]);
-    for (int t = 0; t < T; ++t) {
-      const int64_t at = (token + t) * x.block_stride + span.first + b;
-      const __m512i own = _mm512_load_si512(dots[b][token + t]);
-      if constexpr (CENTERED) sum[t] = scaled(sum[t], _mm512_cvtepi32_ps(own), scale, x.scales[at]);
-      else sum[t] = accumulate(sum[t], own, zero, scale, x.scales[at], x.sums[at]);
+// Scales the products of one block for 8 tokens, `token` and those after it, and adds them up.
+template <int BLOCK, bool CENTERED, int HALF>
+DIBIT_INLINE void add(const Chunk<BLOCK>& chunk, int64_t block, int64_t token, const Dots& dots,
+                      __m512 (&sum)[8][kPanels]) {
+  const float* scales = chunk.scales + block * chunk.stride + token;
+  const float* asums = chunk.sums + block * chunk.stride + token;
+  for (int p = 0; p < kPanels; ++p) {
+    const __m512 scale = _mm512_load_ps(chunk.meta[p].scales[block]);
+    const __m512 zero = CENTERED ? scale : _mm512_load_ps(chunk.meta[p].zeros[block]);
+    for (int t = 0; t < 8; ++t) {
+      const __m512i own = _mm512_load_si512(dots[p][8 * HALF + t]);
+      if constexpr (CENTERED) sum[t][p] = scaled(sum[t][p], _mm512_cvtepi32_ps(own), scale, scales[t]);
+      else sum[t][p] = accumulate(sum[t][p], own, zero, scale, scales[t], asums[t]);
     }
   }
-  for (int t = 0; t < T; ++t) _mm512_store_ps(sums[token + t], sum[t]);
 }
 
-template <bool CENTERED>
-DIBIT_INLINE void add_all(const Dots* dots, int tokens, const ChunkMeta& meta, const Span& span, const Tokens& x,
-                          float (*sums)[kRows]) {
-  if (tokens == kTile) return add<kTile, CENTERED>(dots, 0, meta, span, x, sums);
-  int t = 0;
-  if (tokens - t >= 8) add<8, CENTERED>(dots, t, meta, span, x, sums), t += 8;
-  if (tokens - t >= 4) add<4, CENTERED>(dots, t, meta, span, x, sums), t += 4;
-  if (tokens - t >= 2) add<2, CENTERED>(dots, t, meta, span, x, sums), t += 2;
-  if (tokens - t >= 1) add<1, CENTERED>(dots, t, meta, span, x, sums);
-}
-
-// Adds `blocks` blocks of 16 tokens, or of the `tokens` last ones, to their sums.
-template <int BLOCK, bool CENTERED, bool LAST>
-DIBIT_INLINE void tile(const Chunk& chunk, int64_t blocks, const Tokens& x, int tokens, float (*sums)[kRows]) {
-  alignas(64) Dots dots[2][kSub];
-  auto span = [&](int64_t first) { return Span{first, std::min<int64_t>(kSub, blocks - first)}; };
-  auto begin = [&](int64_t first, int64_t turn) {
-    multiply<BLOCK, CENTERED, LAST ? kLastTokens : kTokens, LAST ? kLastSums : kSums>(chunk, span(first), x,
-                                                                                       dots[turn]);
+// Adds the products `made` at a place to the sums of tokens [HALF * 8, HALF * 8 + 8) of it, and meanwhile makes those
+// of the place after it. Beside tile instructions the vector units start one 512-bit instruction a cycle instead of two,
+// and neither side hides behind the other unless they alternate.
+template <int BLOCK, bool CENTERED, int HALF>
+DIBIT_INLINE void half_step(const Chunk<BLOCK>& chunk, const Place& at, const Dots* made, Sums* sums,
+                            const Place& after, Dots* next) {
+  const int64_t token = at.t + 8 * HALF;
+  const int64_t count = at.tokens > 8 * HALF ? at.count : 0;
+  __m512 sum[8][kPanels];
+  auto each = [&](auto&& visit) DIBIT_INLINE_MEMBER {
+    for (int t = 0; t < 8; ++t)
+      for (int p = 0; p < kPanels; ++p) visit(sum[t][p], sums[token + t][p]);
   };
-  begin(0, 0);
-  for (int64_t first = 0, turn = 0; first < blocks; first += kSub, turn ^= 1) {
-    if (first + kSub < blocks) begin(first + kSub, turn ^ 1);
-    add_all<CENTERED>(dots[turn], LAST ? tokens : kTile, chunk.meta, span(first), x, sums);
+  each([](__m512& own, const float* from) DIBIT_INLINE_MEMBER { own = _mm512_load_ps(from); });
+  auto both = [&](auto index) DIBIT_INLINE_MEMBER {
+    constexpr int kBlock = decltype(index)::value;
+    multiply<BLOCK, CENTERED, HALF * kSub + kBlock>(chunk, after, next);
+    if (kBlock < count) add<BLOCK, CENTERED, HALF>(chunk, at.block + kBlock, token, made[kBlock], sum);
+  };
+  both(Index<0>{}), both(Index<1>{}), both(Index<2>{}), both(Index<3>{});
+  each([](const __m512& own, float* to) DIBIT_INLINE_MEMBER { _mm512_store_ps(to, own); });
+}
+
+// Adds a chunk to the sums of all tokens.
+template <int BLOCK, bool CENTERED>
+DIBIT_INLINE void add_chunk(const Chunk<BLOCK>& chunk, int64_t m, Sums* sums) {
+  alignas(64) Dots dots[2][kSub];
+  auto place = [&](int64_t t, int64_t block) {
+    return Place{t, m - t, block, t < m ? std::min<int64_t>(kSub, chunk.blocks - block) : 0};
+  };
+  auto following = [&](const Place& at) {
+    const int64_t block = at.block + at.count;
+    return block < chunk.blocks ? place(at.t, block) : place(at.t + kTokenTile, 0);
+  };
+  const Place nowhere{0, 0, 0, 0};
+  Place at = place(0, 0);
+  int turn = 0;
+  // The first products have nothing to be made beside.
+  half_step<BLOCK, CENTERED, 0>(chunk, nowhere, nullptr, sums, at, dots[turn]);
+  half_step<BLOCK, CENTERED, 1>(chunk, nowhere, nullptr, sums, at, dots[turn]);
+  store_product<2 * kSub - 2>(at, dots[turn]);
+  store_product<2 * kSub - 1>(at, dots[turn]);
+  while (at.count != 0) {
+    const Place after = following(at);
+    half_step<BLOCK, CENTERED, 0>(chunk, at, dots[turn], sums, after, dots[turn ^ 1]);
+    half_step<BLOCK, CENTERED, 1>(chunk, at, dots[turn], sums, after, dots[turn ^ 1]);
+    store_product<2 * kSub - 2>(after, dots[turn ^ 1]);
+    store_product<2 * kSub - 1>(after, dots[turn ^ 1]);
+    at = after;
+    turn ^= 1;
   }
 }
 
+// Panels `panel` and the one after it; or it twice, where `last` is it.
 template <int BITS, int BLOCK, bool CENTERED>
-void gemm_panel(const QWeight& w, const Activations& a, int64_t m, const float* bias, float* y, int64_t panel) {
-  alignas(64) uint8_t unpacked[kColumns / 4 * kCell];
-  alignas(64) float sums[kMaxTokens][kRows];
-  Chunk chunk;
-  std::memset(sums, 0, sizeof sums[0] * static_cast<size_t>(m));
+void gemm_pair(const QWeight& w, const Activations& a, int64_t m, const float* bias, float* y, int64_t panel,
+               int64_t last) {
+  alignas(64) uint8_t unpacked[kPanels][kColumns / 4 * kCell];
+  alignas(64) Sums sums[kMaxTokens];
+  const int64_t panels[kPanels] = {panel, std::min(panel + 1, last)};
+  // Every token's results are a page or more apart: asked for now, they are there when they are written.
+  for (int64_t t = 0; t < m; ++t) __builtin_prefetch(y + t * w.n + panel * kRows, 1);
+  Chunk<BLOCK> chunk;
+  chunk.token_bytes = w.padded;
+  chunk.stride = a.stride;
+  std::memset(sums, 0, sizeof sums[0] * static_cast<size_t>(a.stride));
   for (int64_t first = 0; first < w.padded; first += kColumns) {
-    const int64_t columns = std::min(kColumns, w.padded - first);
-    const int64_t block = first / BLOCK, blocks = columns / BLOCK;
-    chunk.cells = unpack_chunk<BITS, BLOCK, CENTERED>(w, panel, first, columns, unpacked);
-    load_chunk_meta(w, panel, block, blocks, chunk.meta);
-    for (int64_t t = 0; t < m; t += kTile) {
-      const Tokens x{a.codes + t * w.padded + first, a.scales + t * w.blocks + block, a.sums + t * w.blocks + block,
-                     w.padded, w.blocks};
-      if (m - t >= kTile) tile<BLOCK, CENTERED, false>(chunk, blocks, x, kTile, sums + t);
-      else tile<BLOCK, CENTERED, true>(chunk, blocks, x, static_cast<int>(m - t), sums + t);
+    const int64_t columns = std::min(kColumns, w.padded - first), block = first / BLOCK;
+    for (int p = 0; p < kPanels; ++p) {
+      chunk.cells[p] = unpack_slice<BITS, BLOCK, CENTERED>(w, {panels[p], first, columns, kPanels}, unpacked[p]);
+      load_chunk_meta<CENTERED>(w, panels[p], block, columns / BLOCK, chunk.meta[p]);
     }
+    chunk.codes = a.codes + first * kTokenTile;
+    chunk.scales = a.scales + block * a.stride;
+    chunk.sums = a.sums + block * a.stride;
+    chunk.blocks = columns / BLOCK;
+    add_chunk<BLOCK, CENTERED>(chunk, m, sums);
   }
-  for (int64_t t = 0; t < m; ++t) store_panel(w, panel, sums[t], bias, y + t * w.n);
+  for (int64_t t = 0; t < m; ++t)
+    for (int p = 0; p < kPanels; ++p) store_rows(w, panels[p], _mm512_load_ps(sums[t][p]), bias, y + t * w.n);
 }
 
 template <int BITS, int BLOCK, bool CENTERED>
 void gemm_panels(const QWeight& w, const Activations& a, int64_t m, const float* bias, float* y, int64_t begin,
                  int64_t end) {
-  const Configured tiles(BLOCK, static_cast<int>(m % kTile));
-  for (; begin < end; ++begin) gemm_panel<BITS, BLOCK, CENTERED>(w, a, m, bias, y, begin);
+  const Configured tiles(BLOCK, static_cast<int>(std::min<int64_t>(m, kTokenTile)));
+  for (; begin < end; begin += kPanels) gemm_pair<BITS, BLOCK, CENTERED>(w, a, m, bias, y, begin, end - 1);
 }
 
 template <int BITS, int BLOCK>
@@ -184,6 +236,10 @@ void gemm_body(const QWeight& w, const Activations& a, int64_t m, const float* b
   gemm_panels<BITS, BLOCK, false>(w, a, m, bias, y, begin, end);
 }
 
+Order order(const QWeight& w, int64_t tokens) {
+  return tokens < kLeastTokens ? avx512_kernels().order(w, tokens) : by_block(w);
+}
+
 void gemm(const QWeight& w, const Activations& a, int64_t m, const float* bias, float* y, int64_t begin,
           int64_t end) {
   if (m < kLeastTokens) return avx512_kernels().gemm(w, a, m, bias, y, begin, end);
@@ -193,7 +249,7 @@ void gemm(const QWeight& w, const Activations& a, int64_t m, const float* bias, 
 }  // namespace
 
 const QKernels& amx_kernels() {
-  static const QKernels kernels{quantize_avx2, avx512_kernels().gemv, gemm};
+  static const QKernels kernels{order, quantize_avx2, avx512_kernels().gemv, gemm};
   return kernels;
 }
 

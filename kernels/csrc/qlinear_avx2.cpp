@@ -175,12 +175,12 @@ void gemv_body(const QWeight& w, const Activations& a, const float* bias, float*
       if constexpr (BITS == 3 && BLOCK == 16) {
         __m256i first[2], second[2];
         dot_pair3(v, x, first, second);
-        sum0 = accumulate(sum0, first[0], meta.zero[0], meta.scale[0], a.scales[b], a.sums[b]);
-        sum1 = accumulate(sum1, first[1], meta.zero[1], meta.scale[1], a.scales[b], a.sums[b]);
+        sum0 = accumulate(sum0, first[0], meta.zero[0], meta.scale[0], a.scales[b * a.stride], a.sums[b * a.stride]);
+        sum1 = accumulate(sum1, first[1], meta.zero[1], meta.scale[1], a.scales[b * a.stride], a.sums[b * a.stride]);
         const Meta next = load_meta(w, (panel * w.groups + ++g) * kRows);
         ++b;
-        sum0 = accumulate(sum0, second[0], next.zero[0], next.scale[0], a.scales[b], a.sums[b]);
-        sum1 = accumulate(sum1, second[1], next.zero[1], next.scale[1], a.scales[b], a.sums[b]);
+        sum0 = accumulate(sum0, second[0], next.zero[0], next.scale[0], a.scales[b * a.stride], a.sums[b * a.stride]);
+        sum1 = accumulate(sum1, second[1], next.zero[1], next.scale[1], a.scales[b * a.stride], a.sums[b * a.stride]);
         ++b;
         v += 3 * kCell, x += 32;
       } else {
@@ -188,8 +188,8 @@ void gemv_body(const QWeight& w, const Activations& a, const float* bias, float*
           prefetch(v, kBlockBytes, kAhead);
           __m256i dots[2];
           dot_block<BITS, BLOCK>(v, x, dots);
-          sum0 = accumulate(sum0, dots[0], meta.zero[0], meta.scale[0], a.scales[b], a.sums[b]);
-          sum1 = accumulate(sum1, dots[1], meta.zero[1], meta.scale[1], a.scales[b], a.sums[b]);
+          sum0 = accumulate(sum0, dots[0], meta.zero[0], meta.scale[0], a.scales[b * a.stride], a.sums[b * a.stride]);
+          sum1 = accumulate(sum1, dots[1], meta.zero[1], meta.scale[1], a.scales[b * a.stride], a.sums[b * a.stride]);
         }
       }
     }
@@ -288,8 +288,8 @@ __attribute__((noinline)) void tile(const Chunk& chunk, int64_t blocks, const in
       for (int h = 0; h < 2; ++h) {
         float* to = sums[t] + 8 * h;
         const __m256 zero = _mm256_load_ps(chunk.zeros[b] + 8 * h), scale = _mm256_load_ps(chunk.scales[b] + 8 * h);
-        _mm256_store_ps(to, accumulate(_mm256_load_ps(to), dots[t][h], zero, scale, xscales[t * block_stride + b],
-                                       xsums[t * block_stride + b]));
+        _mm256_store_ps(to, accumulate(_mm256_load_ps(to), dots[t][h], zero, scale, xscales[b * block_stride + t],
+                                       xsums[b * block_stride + t]));
       }
     }
   }
@@ -329,8 +329,8 @@ void gemm_body(const QWeight& w, const Activations& a, int64_t m, const float* b
       }
       auto run = [&](auto count, int64_t t) {
         tile<decltype(count)::value, kPlanes, kRun, BLOCK>(chunk, blocks, a.codes + t * w.padded + first, w.padded,
-                                                           a.scales + t * w.blocks + block,
-                                                           a.sums + t * w.blocks + block, w.blocks, sums + t);
+                                                           a.scales + block * a.stride + t,
+                                                           a.sums + block * a.stride + t, a.stride, sums + t);
       };
       int64_t t = 0;
       for (; t + 4 <= m; t += 4) run(Count<4>{}, t);
@@ -354,7 +354,7 @@ void gemm(const QWeight& w, const Activations& a, int64_t m, const float* bias, 
 }  // namespace
 
 const QKernels& avx2_kernels() {
-  static const QKernels kernels{quantize_avx2, gemv, gemm};
+  static const QKernels kernels{[](const QWeight& w, int64_t) { return by_row(w); }, quantize_avx2, gemv, gemm};
   return kernels;
 }
 

@@ -22,7 +22,7 @@ float largest(const float* x, int64_t count) {
   return magnitude;
 }
 
-void quantize(const float* x, const QWeight& w, int row_qmax, int8_t* codes, float* scales, float* sums) {
+void quantize(const float* x, const QWeight& w, int row_qmax, const Quantized& to) {
   const int qmax = row_qmax > 0 ? row_qmax : 127;
   const float bound = static_cast<float>(qmax);
   const float row_scale = row_qmax > 0 ? activation_scale(largest(x, w.k), qmax) : 0.0f;
@@ -37,11 +37,11 @@ void quantize(const float* x, const QWeight& w, int row_qmax, int8_t* codes, flo
         q = std::nearbyint(x[begin + i] / scale);
         q = q < -bound ? -bound : q > bound ? bound : q;
       }
-      codes[begin + i] = static_cast<int8_t>(q);
-      sum += codes[begin + i];
+      to.codes[b * to.block + i / 4 * to.cell + i % 4] = static_cast<int8_t>(q);
+      sum += static_cast<int8_t>(q);
     }
-    scales[b] = scale;
-    sums[b] = static_cast<float>(sum);
+    to.scales[b * to.stride] = scale;
+    to.sums[b * to.stride] = static_cast<float>(sum);
   }
 }
 
@@ -83,8 +83,8 @@ void gemm(const QWeight& w, const Activations& a, int64_t m, const float* bias, 
         for (int64_t c = 0; c < w.block / 4; ++c)
           for (int r = 0; r < kRows; ++r)
             for (int j = 0; j < 4; ++j) dots[r] += cells[c * kCell + r * 4 + j] * x[c * 4 + j];
-        const float scale = a.scales[t * w.blocks + b];
-        const float sum = a.sums[t * w.blocks + b];
+        const float scale = a.scales[b * a.stride + t];
+        const float sum = a.sums[b * a.stride + t];
         for (int r = 0; r < kRows; ++r) {
           const float dot = std::fma(-zeros[r], sum, static_cast<float>(dots[r]));
           sums[t][r] = std::fma(dot, scale_at(w, meta + r) * scale, sums[t][r]);
@@ -102,7 +102,7 @@ void gemv(const QWeight& w, const Activations& a, const float* bias, float* y, i
 }  // namespace
 
 const QKernels& portable_kernels() {
-  static const QKernels kernels{quantize, gemv, gemm};
+  static const QKernels kernels{[](const QWeight& w, int64_t) { return by_row(w); }, quantize, gemv, gemm};
   return kernels;
 }
 

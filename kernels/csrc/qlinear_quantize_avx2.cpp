@@ -34,10 +34,10 @@ float larger(float a, float b) {
 }
 
 // Codes of a block under `scale`, and their sum.
-void round_block(const float* x, int64_t block, float scale, int qmax, int8_t* codes, float* sum_out) {
+void round_block(const float* x, int64_t block, float scale, int qmax, int8_t* codes, int64_t cell, float* sum_out) {
   *sum_out = 0.0f;
   if (!(scale > 0.0f)) {
-    std::memset(codes, 0, static_cast<size_t>(block));
+    for (int64_t i = 0; i < block; i += 4) std::memset(codes + i / 4 * cell, 0, 4);
     return;
   }
   const __m256 divisor = _mm256_set1_ps(scale);
@@ -48,7 +48,9 @@ void round_block(const float* x, int64_t block, float scale, int qmax, int8_t* c
     q = _mm256_max_epi32(_mm256_min_epi32(q, bound), lower);
     total = _mm256_add_epi32(total, q);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i), _mm_packs_epi16(words, words));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
+    std::memcpy(codes + i / 4 * cell, &bytes, 4);
+    std::memcpy(codes + (i / 4 + 1) * cell, reinterpret_cast<const char*>(&bytes) + 4, 4);
   }
   __m128i v = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
   v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0x4e));
@@ -58,7 +60,7 @@ void round_block(const float* x, int64_t block, float scale, int qmax, int8_t* c
 
 }  // namespace
 
-void quantize_avx2(const float* x, const QWeight& w, int row_qmax, int8_t* codes, float* scales, float* sums) {
+void quantize_avx2(const float* x, const QWeight& w, int row_qmax, const Quantized& to) {
   // Blocks up to the last column; the last of them is padded with zeros, those behind it hold nothing else.
   const int64_t whole = w.k / w.block * w.block;
   float tail[kMaxBlock] = {};
@@ -70,8 +72,9 @@ void quantize_avx2(const float* x, const QWeight& w, int row_qmax, int8_t* codes
     const int64_t begin = b * w.block;
     const float* from = begin < whole ? x + begin : begin < w.k ? tail : nothing;
     if (row_qmax == 0) scale = activation_scale(largest(from, w.block), 127);
-    scales[b] = scale;
-    round_block(from, w.block, scale, row_qmax > 0 ? row_qmax : 127, codes + begin, sums + b);
+    to.scales[b * to.stride] = scale;
+    round_block(from, w.block, scale, row_qmax > 0 ? row_qmax : 127, to.codes + b * to.block, to.cell,
+                to.sums + b * to.stride);
   }
 }
 
