@@ -26,12 +26,15 @@ class TuningResult:
         return f"{len(self.shapes)} shapes kept in {self.file}"
 
 
-def tune_model(model: str, *, limit_s: float, say: Callable[[str], None]) -> TuningResult:
-    """Measures and keeps; no further shape is begun after `limit_s` seconds. `say` is told of each. Raises ConfigError
-    without a GPU, for a model without quantized weights, and where the file cannot be written."""
+def tune_model(model: str, *, limit_s: float, say: Callable[[str], None], folder: Path | None = None) -> TuningResult:
+    """Measures and keeps, for this user or in `folder`; no further shape is begun after `limit_s` seconds. `say` is
+    told of each. Raises ConfigError without a GPU, for a model without quantized weights, and where the file cannot be
+    written."""
     if (reason := unavailable()) is not None:
         raise ConfigError(f"nothing to measure on: the triton backend {reason}")
-    from dibit.kernels.triton.autotune import tune_all
+    from dibit.engine.models.decoder import PackedLinear
+    from dibit.engine.models.fused_block import FusedBlock
+    from dibit.kernels.triton.autotune import After, gpu_timer, tune_all
     from dibit.kernels.triton.layout import TritonQWeight
     from dibit.kernels.triton.plan import Tuned
     from dibit.kernels.triton.tuned_plans import keep
@@ -48,9 +51,22 @@ def tune_model(model: str, *, limit_s: float, say: Callable[[str], None]) -> Tun
     weights = [weight for weight in decoder.packed_weights() if isinstance(weight, TritonQWeight)]
     if not weights:
         raise ConfigError(f"{model} has no quantized weights; tuning is for those")
-    measured = tune_all(weights, gpu=gpu_of(decoder.device), limit_s=limit_s, progress=progress)
+    readers = {
+        id(linear.weight): After.HALVES if site == "gate_up" else After.ROW
+        for block in decoder.blocks
+        if isinstance(block, FusedBlock)
+        for site, linear in block.linears.items()
+        if isinstance(linear, PackedLinear)
+    }
+    measured = tune_all(
+        weights,
+        gpu=gpu_of(decoder.device),
+        timer=lambda w: gpu_timer(w, after=readers.get(id(w), After.NOTHING)),
+        limit_s=limit_s,
+        progress=progress,
+    )
     name = torch.cuda.get_device_name(decoder.device)
     try:
-        return TuningResult(name, tuple(lines), keep(name, measured))
+        return TuningResult(name, tuple(lines), keep(name, measured, folder=folder))
     except OSError as error:
-        raise ConfigError(f"what was measured cannot be kept: {error}; name a folder in DIBIT_TUNED_DIR") from error
+        raise ConfigError(f"what was measured cannot be kept: {error}; name another folder") from error

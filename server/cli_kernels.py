@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -70,6 +71,10 @@ def kernels_tune(
     model: Model,
     *,
     seconds: Annotated[float, typer.Option(min=1.0, help="begin no further shape after this long")] = 600.0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder to keep it in, such as kernels/triton/tuned to ship it; left out: this user's"),
+    ] = None,
     json: Json = None,
 ) -> None:
     """Measure the products of a model on this GPU, and keep what is fastest for every later start. One kind of GPU and
@@ -80,4 +85,4 @@ def kernels_tune(
     from dibit.engine.tuning import tune_model
     from dibit.server.output import emit
 
-    emit(tune_model(model, limit_s=seconds, say=typer.echo), json)
+    emit(tune_model(model, limit_s=seconds, say=typer.echo, folder=out), json)

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dibit.kernels.triton.limits import REGISTERS
 from dibit.kernels.triton.qlinear import MAX_REGISTERS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -38,10 +39,6 @@ _KINDS = (
     ("memory", re.compile(r"^(LDG|LDGSTS|LDS|LDSM|STS|STG|LDC|LDGDEPBAR|DEPBAR)")),
     ("barrier", re.compile(r"^(BAR|WARPSYNC|SYNCS|WARPGROUP)")),
 )
-
-
-REGISTER_FILE = 65536
-"""Registers of a processor: what one program may have of them is what ptxas is told at a launch, too."""
 
 
 class NoCompiler(RuntimeError):
@@ -96,7 +93,8 @@ def compile_kernel(
         constexprs=dict(constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    most = min(MAX_REGISTERS, REGISTER_FILE // (32 * warps))
+    # As ptxas is told at a launch.
+    most = min(MAX_REGISTERS, REGISTERS // (32 * warps))
     made = triton.compile(
         source,
         target=GPUTarget("cuda", arch, 32),

@@ -1,22 +1,32 @@
 """Measures plans on the GPU at hand.
 
 `plan` cuts every product by rules that were made without a GPU. `tune` tries the named configurations and numbers of
-splits around them, some thirty kernels a shape, and takes what is faster by more than the noise. `dibit kernels tune`
-keeps it (tuned_plans.py). Nothing is measured while a model is served; where nothing was, the rules hold.
+splits around them, some thirty kernels a shape, and takes what is faster by more than the noise. One that spills, or
+that no processor holds, is compiled and not timed. The others are timed as they are served: in a CUDA graph, with the
+launch after them that reads their runs. `dibit kernels tune` keeps what won (tuned_plans.py). Nothing is measured while
+a model is served; where nothing was, the rules hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from functools import partial
 from time import monotonic
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
 
-from dibit.kernels.triton.layout import TritonQWeight
+from dibit.kernels.formats import PER_CHANNEL, Format, QTensor
+from dibit.kernels.triton import fused
+from dibit.kernels.triton.availability import gpu_of
+from dibit.kernels.triton.layout import TritonQWeight, pack
+from dibit.kernels.triton.limits import resident_programs
 from dibit.kernels.triton.plan import CONFIGS, Gpu, Plan, Tuned, configured, fits, plan
-from dibit.kernels.triton.qlinear import multiply, prepare
+from dibit.kernels.triton.qlinear import Prepared, Runs, finish, launch, launch_runs, prepare
+from dibit.kernels.triton.timing import cold_copies, graph_us
 from dibit.kernels.triton.tuned_plans import key_of
 
 BUCKETS = (1, 16, 32, 64)
@@ -29,6 +39,15 @@ Time = Callable[[Plan, int], float | None]
 """Microseconds of a plan for so many tokens; None where it does not fit the GPU."""
 
 Name = TypeVar("Name", str, int)
+
+
+class After(Enum):
+    """What reads a product's runs. ROW, HALVES: a program a token, on its way to the next product (fused.py): the norm,
+    which stands for attention too, or the SiLU. NOTHING: a launch of their own adds them."""
+
+    ROW = "row"
+    HALVES = "halves"
+    NOTHING = "nothing"
 
 
 def tune(w: TritonQWeight, time: Time, *, gpu: Gpu) -> Tuned:
@@ -60,29 +79,70 @@ def _fastest(usual: Plan, others: Mapping[Name, Plan], tokens: int, time: Time) 
     return best
 
 
-def gpu_timer(w: TritonQWeight) -> Time:
+def gpu_timer(
+    w: TritonQWeight, *, after: After, measure: Callable[[Sequence[Callable[[], object]]], float] = graph_us
+) -> Time:
     """Times products with `w` on the GPU that holds it, the weight not in its cache."""
+    device = w.codes.device
+    copies = [
+        replace(w, codes=w.codes.clone(), scales=w.scales.clone(), zeros=w.zeros.clone())
+        for _ in range(cold_copies(w.nbytes))
+    ]
+    follow = follower(after, w.n, device)
 
     def time(chosen: Plan, tokens: int) -> float | None:
-        x = torch.randn(tokens, w.k, dtype=torch.float16, device=w.codes.device)
+        x = torch.randn(tokens, w.k, dtype=torch.float16, device=device) * w.k**-0.5
         made = prepare(x, w, padded_tokens=chosen.padded_tokens(tokens))
-        y = torch.empty(tokens, w.n, dtype=torch.float16, device=w.codes.device)
         try:
-            median: float = triton.testing.do_bench(
-                lambda: multiply(made, w, chosen, y, bias=None, residual=None), warmup=5, rep=20, return_mode="median"
-            )
+            kernel = launch(Runs.empty(made, w, chosen, bias=None))
         except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
             return None
-        return median * 1e3
+        if not holds(kernel, chosen, arch=gpu_of(device).arch):
+            return None
+        return measure([partial(_served, follow, made, copy, chosen) for copy in copies])
 
     return time
+
+
+def holds(kernel: Any, chosen: Plan, *, arch: int) -> bool:
+    """Whether a processor holds a program of `kernel`, what Triton made of a plan, without spilling."""
+    if kernel is None:
+        return True
+    programs = resident_programs(
+        registers=kernel.n_regs, shared_bytes=kernel.metadata.shared, warps=chosen.warps, arch=arch
+    )  # fmt: skip
+    return kernel.n_spills == 0 and programs > 0
+
+
+def follower(after: After, n: int, device: torch.device) -> Callable[[Runs], object]:
+    """The launch that reads a product of `n` columns."""
+    if after is After.NOTHING:
+        return _finish
+    columns = n if after is After.ROW else n // 2
+    codes = torch.zeros(1, columns, dtype=torch.uint8, device=device)
+    one = torch.ones(1, 1, device=device)
+    following = pack(QTensor(codes, torch.zeros_like(one, dtype=torch.uint8), one, Format(8, PER_CHANNEL)))
+    if after is After.HALVES:
+        return lambda runs: fused.silu_prepared(runs, following)
+    weight = torch.ones(columns, device=device)
+    return lambda runs: fused.norm_prepared(runs, None, weight, 1e-5, following)
+
+
+def _finish(runs: Runs) -> None:
+    if runs.plan.partial:
+        shape = runs.prepared.tokens, runs.weight.n
+        finish(runs, torch.empty(shape, dtype=torch.float32, device=runs.target.device))
+
+
+def _served(follow: Callable[[Runs], object], x: Prepared, w: TritonQWeight, chosen: Plan) -> None:
+    follow(launch_runs(x, w, chosen, bias=None))
 
 
 def tune_all(
     weights: Iterable[TritonQWeight],
     *,
     gpu: Gpu,
-    timer: Callable[[TritonQWeight], Time] | None = None,
+    timer: Callable[[TritonQWeight], Time],
     limit_s: float,
     progress: Callable[[str, Tuned], None],
 ) -> dict[str, Tuned]:
@@ -96,6 +156,6 @@ def tune_all(
     for key, w in shapes.items():
         if monotonic() - began > limit_s:
             break
-        measured[key] = tune(w, (timer or gpu_timer)(w), gpu=gpu)
+        measured[key] = tune(w, timer(w), gpu=gpu)
         progress(key, measured[key])
     return measured

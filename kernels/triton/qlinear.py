@@ -162,6 +162,12 @@ class Runs:
     plan: Plan
     bias: Tensor | None
 
+    @classmethod
+    def empty(cls, x: Prepared, w: TritonQWeight, chosen: Plan, *, bias: Tensor | None) -> Runs:
+        """Room for a product in float32."""
+        shape = (chosen.splits, x.tokens, w.n) if chosen.partial else (x.tokens, w.n)
+        return cls(torch.empty(shape, dtype=torch.float32, device=x.half.device), x, w, chosen, bias)
+
 
 def operands_of(x: Tensor | Runs) -> tuple[Tensor | None, ...]:
     """The first arguments of `finished` on the device."""
@@ -194,16 +200,15 @@ def multiply(
     if chosen.partial:
         finish(launch_runs(x, w, chosen, bias=bias), y, residual=residual)
     else:
-        _launch(x, w, chosen, y, bias=bias, residual=residual)
+        launch(Runs(y, x, w, chosen, bias), residual=residual)
     return y
 
 
 def launch_runs(x: Prepared, w: TritonQWeight, chosen: Plan, *, bias: Tensor | None) -> Runs:
     """One launch, whatever the plan."""
-    shape = (chosen.splits, x.tokens, w.n) if chosen.partial else (x.tokens, w.n)
-    target = torch.empty(shape, dtype=torch.float32, device=x.half.device)
-    _launch(x, w, chosen, target, bias=bias, residual=None)
-    return Runs(target, x, w, chosen, bias)
+    runs = Runs.empty(x, w, chosen, bias=bias)
+    launch(runs)
+    return runs
 
 
 def finish(runs: Runs, y: Tensor, *, residual: Tensor | None = None) -> None:
@@ -231,14 +236,15 @@ def finish(runs: Runs, y: Tensor, *, residual: Tensor | None = None) -> None:
     )
 
 
-def _launch(
-    x: Prepared, w: TritonQWeight, chosen: Plan, target: Tensor, *, bias: Tensor | None, residual: Tensor | None
-) -> None:
+def launch(runs: Runs, *, residual: Tensor | None = None) -> Any:
+    """Computes a product into its target, `residual` [M, N] added where the plan is not partial. Returns what Triton
+    made of the kernel; in the interpreter None."""
+    x, w, chosen = runs.prepared, runs.weight, runs.plan
     m, geometry = x.tokens, w.geometry
     padded = x.half.shape[0]
     per_channel = w.format.group_size == PER_CHANNEL
     zero_base, zero_step = w.format.zero_line
-    qlinear_kernel[
+    return qlinear_kernel[
         (w.padded_rows // chosen.block_rows, padded // chosen.block_tokens, chosen.splits if chosen.partial else 1)
     ](
         x.half,
@@ -247,9 +253,9 @@ def _launch(
         w.codes,
         w.scales,
         w.zeros,
-        bias,
+        runs.bias,
         residual,
-        target,
+        runs.target,
         m,
         w.n,
         padded,
@@ -265,7 +271,7 @@ def _launch(
         ZERO_STEP=zero_step,
         SPLITS=chosen.splits,
         PARTIAL=chosen.partial,
-        BIAS=bias is not None,
+        BIAS=runs.bias is not None,
         RESIDUAL=residual is not None,
         BN=chosen.block_rows,
         BM=chosen.block_tokens,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dibit.kernels.formats import PER_CHANNEL, Format
 from dibit.kernels.triton import layout
@@ -64,13 +65,26 @@ PRODUCTS = (
 
 
 def compile_product(product: Product, chosen: Plan, arch: int) -> Compiled:
-    """The product's kernel as `chosen` would launch it."""
-    geometry = product.geometry
-    zero_base, zero_step = product.format.zero_line
+    """The product's kernel as `chosen` would launch it; shapes that are cut alike share one."""
+    return _compiled(
+        product.format,
+        product.geometry.step_units,
+        product.geometry.groups_per_step,
+        replace(chosen, run=0),
+        arch,
+        integers=product.integers(arch),
+    )
+
+
+@functools.cache
+def _compiled(
+    format: Format, step_units: int, groups_per_step: int, chosen: Plan, arch: int, *, integers: bool
+) -> Compiled:
+    zero_base, zero_step = format.zero_line
     return compile_kernel(
         qlinear_kernel,
         types={
-            "half": "*i8" if product.integers(arch) else "*fp16",
+            "half": "*i8" if integers else "*fp16",
             "sums": "*fp32",
             "factors": "*fp32",
             "codes": "*i16",
@@ -88,10 +102,10 @@ def compile_product(product: Product, chosen: Plan, arch: int) -> Compiled:
         constants={
             "bias": None,
             "residual": None,
-            "BITS": product.format.bits,
-            "STEP_UNITS": geometry.step_units,
-            "GROUPS_PER_STEP": geometry.groups_per_step,
-            "PER_CHANNEL": product.format.group_size == PER_CHANNEL,
+            "BITS": format.bits,
+            "STEP_UNITS": step_units,
+            "GROUPS_PER_STEP": groups_per_step,
+            "PER_CHANNEL": format.group_size == PER_CHANNEL,
             "ZERO_BASE": zero_base,
             "ZERO_STEP": zero_step,
             "SPLITS": chosen.splits,

@@ -17,14 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dibit.kernels.triton.aot import REGISTER_FILE, Compiled
+from dibit.kernels.triton.aot import Compiled
+from dibit.kernels.triton.limits import MAX_WARPS, SHARED_BYTES, resident_programs
 
 LAUNCH_US = 2.0
 ROW_BYTES_PER_CLOCK = 32
 """Half of what a processor can take from the second-level cache."""
 LANES = 128
-SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 
 WEIGHT_LOAD_BYTES = 16
 ISSUE_SHARES = ((4, 0.6), (3, 0.6), (2, 0.8))
@@ -181,10 +180,9 @@ def predicted(
     tensor_rate = gpu.integer_tops if integers else gpu.tensor_tflops
     times = (moved / (gpu.bandwidth_gb_s * 1e3), instructions / rate, 2 * products / (tensor_rate * 1e6))
     time_us = max(max(times) + LAUNCH_US, gpu.row_us(row_bytes))
-    # Registers are handed out to a warp in units of 256; a kilobyte of shared memory is the system's.
-    by_registers = REGISTER_FILE // (-(-made.registers * 32 // 256) * 256 * warps)
-    by_shared = (SHARED_LIMIT[gpu.arch] + 1024) // (made.shared_bytes + 1024)
-    resident = min(by_registers, by_shared, MAX_WARPS[gpu.arch] // warps) * warps
+    programs = resident_programs(
+        registers=made.registers, shared_bytes=made.shared_bytes, warps=warps, arch=gpu.arch
+    )  # fmt: skip
     return KernelReport(
         kernel=kernel,
         gpu=gpu.name,
@@ -192,8 +190,8 @@ def predicted(
         registers=made.registers,
         spills=made.spills,
         shared_bytes=made.shared_bytes,
-        shared_limit=SHARED_LIMIT[gpu.arch],
-        occupancy=resident / MAX_WARPS[gpu.arch],
+        shared_limit=SHARED_BYTES[gpu.arch],
+        occupancy=programs * warps / MAX_WARPS[gpu.arch],
         weight_load_bytes=weight_load_bytes,
         weight_conversions=conversions,
         instr_per_weight=per_weight,

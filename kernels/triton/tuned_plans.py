@@ -70,9 +70,9 @@ def kept(gpu_name: str) -> dict[str, Tuned]:
     return found
 
 
-def keep(gpu_name: str, measured: Mapping[str, Tuned]) -> Path:
-    """Add shapes to the user's file. Raises OSError where it cannot be written."""
-    path = directory() / file_name(gpu_name)
+def keep(gpu_name: str, measured: Mapping[str, Tuned], *, folder: Path | None = None) -> Path:
+    """Add shapes to the user's file, or to one in another folder. Raises OSError where it cannot be written."""
+    path = (folder or directory()) / file_name(gpu_name)
     try:
         all_shapes = _read(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

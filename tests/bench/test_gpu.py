@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,17 +93,19 @@ def test_a_section_ends_when_its_time_is_up_or_with_its_error() -> None:
 
 
 def test_what_a_crashed_section_found_is_kept_and_time_passes_on(tmp_path: Path) -> None:
-    run, given = GpuRun("a GPU", "8.0", "2", "3"), dict[str, tuple[str, ...]]()
+    run, given = GpuRun("a GPU", "8.0", "2", "3"), dict[str, float]()
 
     def start(arguments: Sequence[str], limit_s: float) -> str | None:
         name, _, path, _, seconds, *others = arguments
-        given[name] = (seconds, *others)
+        assert others == ["--model", "some/model"]
+        given[name] = float(seconds)
         append(Path(path), Check(name, True, ""))
         return "its process ended with status -6" if name == "first" else None
 
     out = tmp_path / "gpu.json"
     gpu.run_sections(run, {"first": 100.0, "second": 50.0}, out, model="some/model", start=start)
-    assert given == {"first": ("100", "--model", "some/model"), "second": ("150", "--model", "some/model")}
+    assert list(given) == ["first", "second"]
+    assert given["second"] > given["first"], "what the first one left"
     assert [check.name for check in run.checks] == ["first", "second"]
     assert run.notes == [Note("first", "its process ended with status -6")]
     assert len(json.loads(out.read_text())["checks"]) == 2
@@ -168,6 +171,41 @@ def test_a_peer_gets_a_weight_it_knows_and_must_multiply_it() -> None:
         checked(torch_linear(symmetric), w, x)
     with pytest.raises(WrongProduct):
         checked(lambda x: torch_linear(w)(x) * float("nan"), w, x)
+
+
+def test_marlin_is_given_the_codes_as_gptq_packs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for vLLM's functions, which unpacks eight codes of a column from a word and multiplies."""
+
+    def repack(words: Tensor, order: Tensor, k: int, n: int, bits: int) -> Tensor:
+        assert words.dtype == torch.int32
+        assert words.shape == (k // 8, n)
+        shifts = torch.arange(0, 32, bits)[None, :, None]
+        return (words.long()[:, None] >> shifts & 15).reshape(k, n)
+
+    def permute(scales: Tensor, k: int, n: int, group_size: int) -> Tensor:
+        assert scales.shape == (k // group_size, n)
+        return scales.repeat_interleave(group_size, 0)
+
+    def apply(*, input: Tensor, weight: Tensor, weight_scale: Tensor, wtype: int, **others: object) -> Tensor:
+        names = {"weight_zp", "g_idx", "g_idx_sort_indices", "workspace", "is_k_full"}
+        assert others.keys() == names | {"output_size_per_partition", "input_size_per_partition"}
+        return input @ ((weight - wtype) * weight_scale).to(input.dtype)
+
+    utils = SimpleNamespace(
+        marlin_make_empty_g_idx=lambda device: torch.empty(0, dtype=torch.int32),
+        marlin_make_workspace_new=lambda device: torch.zeros(1),
+        marlin_permute_scales=permute,
+        apply_gptq_marlin_linear=apply,
+    )
+    folder = "vllm.model_executor.layers.quantization.utils"
+    for name, module in {
+        "vllm": SimpleNamespace(_custom_ops=SimpleNamespace(gptq_marlin_repack=repack)),
+        folder: SimpleNamespace(marlin_utils=utils),
+        "vllm.scalar_type": SimpleNamespace(scalar_types=SimpleNamespace(uint4b8=8)),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    w = PEERS["marlin"].weight(random_weight(64, 256, Format(4, 128), CPU))
+    checked(PEERS["marlin"].build(w), w, torch.randn(3, 256, dtype=torch.float16))
 
 
 def full_run() -> GpuRun:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from random_weights import random_weight
 
 from dibit.kernels.formats import Format
-from dibit.kernels.triton import layout, tuned_plans
-from dibit.kernels.triton.autotune import BUCKETS, tune, tune_all
+from dibit.kernels.triton import autotune, fused, layout, tuned_plans
+from dibit.kernels.triton.autotune import BUCKETS, After, follower, gpu_timer, holds, tune, tune_all
 from dibit.kernels.triton.availability import INTERPRETER
 from dibit.kernels.triton.layout import TritonQWeight
+from dibit.kernels.triton.limits import resident_programs
 from dibit.kernels.triton.plan import CONFIGS, Gpu, Plan, Tuned, plan
-from dibit.kernels.triton.qlinear import multiply, prepare
+from dibit.kernels.triton.qlinear import Prepared, Runs, finish, launch_runs, multiply, prepare
 from dibit.kernels.triton.tuned_plans import keep, kept, key_of
 
 A100 = Gpu(processors=108, arch=80)
@@ -108,6 +113,101 @@ def test_shapes_once_largest_first_until_the_time_is_up() -> None:
     assert one == {}
 
 
+def compiled(*, registers: int = 90, spills: int = 0, shared: int = 20_000) -> SimpleNamespace:
+    """What Triton knows of a kernel."""
+    return SimpleNamespace(n_regs=registers, n_spills=spills, metadata=SimpleNamespace(shared=shared))
+
+
+def test_what_spills_or_fits_no_processor_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = packed(64, 512, Format(4, 64))
+    chosen = plan(w.geometry, 64, 1, gpu=A100)
+    monkeypatch.setattr(autotune, "cold_copies", lambda nbytes: 2)
+    for kernel, wanted in (
+        (compiled(), 7.0),
+        (compiled(spills=4), None),
+        (compiled(shared=164 << 10), None),
+        (None, 7.0),
+    ):
+        monkeypatch.setattr(autotune, "launch", lambda runs, kernel=kernel: kernel)
+        timed: list[int] = []
+
+        def measure(calls: Sequence[Callable[[], object]], timed: list[int] = timed) -> float:
+            timed.append(len(calls))
+            return 7.0
+
+        assert gpu_timer(w, after=After.NOTHING, measure=measure)(chosen, 1) == wanted
+        assert timed == ([] if wanted is None else [2])
+    assert holds(compiled(shared=120 << 10), chosen, arch=80)
+    assert not holds(compiled(shared=120 << 10), chosen, arch=86), "a GeForce has less"
+    assert not holds(compiled(registers=255), replace(chosen, warps=16), arch=80)
+
+    def too_much(runs: Runs) -> None:
+        raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+
+    monkeypatch.setattr(autotune, "launch", too_much)
+    assert gpu_timer(w, after=After.NOTHING, measure=lambda calls: 7.0)(chosen, 1) is None
+
+
+def test_programs_of_a_processor() -> None:
+    held = partial(resident_programs, registers=64, shared_bytes=0, warps=4)
+    assert held(arch=80) == 8
+    assert held(registers=16, arch=80) == 16
+    assert held(registers=16, arch=86) == held(registers=16, arch=87) == 12
+    assert held(shared_bytes=50 << 10, arch=86) == 1
+    assert held(shared_bytes=49 << 10, arch=86) == 2
+
+
+def test_what_is_timed_is_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product of every copy, and after it the launch that reads its runs: the norm, the SiLU or their sum."""
+    monkeypatch.setattr(autotune, "cold_copies", lambda nbytes: 3)
+    w = packed(128, 512, Format(4, 64))
+    chosen = plan(w.geometry, 128, 2, gpu=INTERPRETER, tuned=Tuned(2))
+    assert chosen.partial
+    seen: list[tuple[str, int]] = []
+
+    def spied(module: object, name: str) -> None:
+        sound = getattr(module, name)
+
+        def run(runs: Runs, *others: object, **options: object) -> object:
+            seen.append((name, runs.weight.codes.data_ptr()))
+            return sound(runs, *others, **options)
+
+        monkeypatch.setattr(module, name, run)
+
+    spied(fused, "norm_prepared")
+    spied(fused, "silu_prepared")
+    spied(autotune, "finish")
+
+    def measure(calls: Sequence[Callable[[], object]]) -> float:
+        for call in calls:
+            call()
+        return 1.0
+
+    for after, name in ((After.ROW, "norm_prepared"), (After.HALVES, "silu_prepared"), (After.NOTHING, "finish")):
+        seen.clear()
+        gpu_timer(w, after=after, measure=measure)(chosen, 2)
+        assert [called for called, _ in seen] == [name] * 3
+        assert len({pointer for _, pointer in seen} - {w.codes.data_ptr()}) == 3, "each is another copy"
+    seen.clear()
+    alone = plan(w.geometry, 128, 2, gpu=INTERPRETER, tuned=Tuned(1))
+    gpu_timer(w, after=After.NOTHING, measure=measure)(alone, 2)
+    assert seen == [], "nothing has to be added"
+
+
+def test_the_launch_that_follows_reads_the_product() -> None:
+    w = packed(128, 512, Format(4, 64))
+    x = torch.randn(2, 512)
+    chosen = plan(w.geometry, 128, 2, gpu=INTERPRETER, tuned=Tuned(2))
+    runs = launch_runs(prepare(x, w, padded_tokens=8), w, chosen, bias=None)
+    y = torch.empty(2, 128)
+    finish(runs, y)
+    made = follower(After.ROW, 128, y.device)(runs)
+    normed = y / y.square().mean(1, keepdim=True).add(1e-5).sqrt()
+    assert isinstance(made, Prepared)
+    found = made.half[:2, :128].float() * made.factors[:2, None]
+    torch.testing.assert_close(found, normed, rtol=2e-3, atol=1e-3)
+
+
 def test_kept_and_found_again(folder: Path) -> None:
     first, second = {"a": Tuned(4, {8: "wide"})}, {"b": Tuned(None, {64: "wide-8"})}
     assert kept(NAME) == {}
@@ -116,6 +216,9 @@ def test_kept_and_found_again(folder: Path) -> None:
     assert keep(NAME, second) == path
     assert kept(NAME) == first | second
     assert kept("NVIDIA H100 PCIe") == {}
+    other = keep(NAME, second, folder=folder.parent / "to ship")
+    assert other.parent.name == "to ship"
+    assert kept(NAME) == first | second
     assert [entry.name for entry in folder.iterdir()] == ["nvidia-a100-sxm4-80gb.json"]
 
 

@@ -16,11 +16,10 @@ import pytest
 
 from dibit.kernels.triton import report
 from dibit.kernels.triton.aot import NoCompiler, compile_kernel, load_widths, main_loop, weight_conversions
+from dibit.kernels.triton.limits import MAX_WARPS, SHARED_BYTES
 from dibit.kernels.triton.report_model import (
     GPUS,
-    MAX_WARPS,
     RECORDED,
-    SHARED_LIMIT,
     KernelReport,
     faults,
 )
@@ -169,7 +168,7 @@ def test_the_interpreter_is_no_compiler() -> None:
 
 def test_every_gpu_has_its_architectures_limits() -> None:
     for gpu in GPUS:
-        assert gpu.arch in SHARED_LIMIT
+        assert gpu.arch in SHARED_BYTES
         assert gpu.arch in MAX_WARPS
     a100 = next(gpu for gpu in GPUS if gpu.name == "A100")
     # 13.4 bytes a clock and processor arrive; at 4.19 bits a weight that is 25.5 weights for 128 lanes.
