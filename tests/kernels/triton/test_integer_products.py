@@ -7,14 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 from random_weights import random_weight
+from torch import Tensor
 
 from dibit.kernels.formats import Format, dequantize
 from dibit.kernels.qlinear import quantize_activations
 from dibit.kernels.triton import fused, layout
 from dibit.kernels.triton.availability import INTERPRETER
-from dibit.kernels.triton.layout import TritonQWeight
+from dibit.kernels.triton.layout import PLANE_COLUMNS, TritonQWeight, plane_shift
 from dibit.kernels.triton.plan import INTEGER_TOKENS, Gpu, plan, takes_integers
-from dibit.kernels.triton.qlinear import multiply, plan_of, prepare, qlinear
+from dibit.kernels.triton.qlinear import Prepared, multiply, plan_of, prepare, qlinear
 
 MANY = INTEGER_TOKENS + 1
 TAKEN = [Format(4, 128), Format(4, -1), Format(8, 64), Format(8, 128)]
@@ -22,6 +23,32 @@ TAKEN = [Format(4, 128), Format(4, -1), Format(8, 64), Format(8, 128)]
 
 def taken(w: TritonQWeight, tokens: int, activation_bits: int | None) -> bool:
     return takes_integers(w.format, w.geometry, tokens, gpu=INTERPRETER, activation_bits=activation_bits)
+
+
+def prepared_by_hand(x: Tensor, w: TritonQWeight, padded: int, *, integers: bool) -> Prepared:
+    """What `prepare` makes of integers of which the largest of a row is 127, without the interpreter's time."""
+    (tokens, k), geometry = x.shape, w.geometry
+    made = Prepared.empty(w, tokens, padded, integers=integers)
+    codes = torch.nn.functional.pad(x, (0, geometry.columns - k, 0, padded - tokens))
+    planes = torch.arange(geometry.columns) % geometry.unit_columns // PLANE_COLUMNS
+    shifts = torch.tensor([plane_shift(w.format.bits, p) for p in range(geometry.planes)])
+    made.half.copy_(codes if integers else codes / 2.0 ** shifts[planes])
+    made.sums.copy_(codes.view(padded, geometry.groups, -1).sum(2).T)
+    made.factors.fill_(1.0)
+    return made
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_by_hand_is_what_the_kernel_prepares(*, integers: bool) -> None:
+    w = layout.pack(random_weight(64, 128, Format(4, 64)))
+    x = torch.randint(-127, 128, (2, 128)).float()
+    x[:, 0] = 127.0
+    found = prepare(x, w, padded_tokens=3, activation_bits=8, integers=integers)
+    by_hand = prepared_by_hand(x, w, 3, integers=integers)
+    assert found.integers == by_hand.integers == integers
+    assert torch.equal(found.half, by_hand.half)
+    assert torch.equal(found.sums, by_hand.sums)
+    assert torch.equal(found.factors[:2], by_hand.factors[:2])
 
 
 @pytest.mark.parametrize(
@@ -49,8 +76,7 @@ def test_the_bits_of_the_float16_product(format: Format, n: int, tokens: int, sp
         run = -(-w.geometry.steps // splits)
         chosen = replace(chosen, splits=splits, run=run, partial=splits > 1 and tokens <= 64)
         padded = chosen.padded_tokens(tokens)
-        made = prepare(x, w, padded_tokens=padded, activation_bits=8, integers=integers)
-        assert made.integers == integers
+        made = prepared_by_hand(x, w, padded, integers=integers)
         y = torch.full((tokens, n), 1e30)
         found[integers] = multiply(made, w, chosen, y, bias=bias, residual=residual)
     assert torch.equal(found[True], found[False])
@@ -98,8 +124,7 @@ def test_fused_ops_prepare_them_too() -> None:
     gate_up = fused.product(prepare(x, before, padded_tokens=padded, activation_bits=8, integers=True), before, None)
     made = fused.silu_prepared(gate_up, after, activation_bits=8)
     assert made.integers
-    halves = fused.silu_prepared(gate_up, after)
-    assert not halves.integers
+    assert not fused.room(after, MANY, None).integers
     y = fused.finished(fused.product(made, after, None))
     gate, up = qlinear(x, before, activation_bits=8).chunk(2, 1)
     want = qlinear(torch.nn.functional.silu(gate) * up, after, activation_bits=8)
