@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "quality")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--only", default="", help="names of rows, separated by commas")
+    parser.add_argument("--whole", action="store_true", help="then the perplexity of the whole text too")
     parser.add_argument("--table", action="store_true", help="print the tables of what has been measured, and end")
     args = parser.parse_args()
     if not args.table:
@@ -169,6 +170,8 @@ def main() -> None:
         wanted = [row for row in ROWS if not args.only or row.name in args.only.split(",")]
         for row in wanted:
             measure(row, args)
+            if args.whole:
+                measure_whole(row, args)
     print(text_of(args.results))
 
 
@@ -209,6 +212,20 @@ def measure(row: Row, args: argparse.Namespace) -> None:
     write_json(record, str(target))
 
 
+def measure_whole(row: Row, args: argparse.Namespace) -> None:
+    """Add the perplexity of every window of the text to a row that is there."""
+    target = args.results / f"{row.name}.json"
+    record = read(target)
+    if "whole" in record:
+        return
+    out, found = args.models / row.name, args.models / f"{row.name}-whole.json"
+    judged = ["eval", "ppl", str(out), "--text", str(args.test), "--ctx", "2048", "--json", str(found)]
+    if not found.exists():
+        run(judged)
+    record["commands"].append(["dibit", *judged])
+    write_json(record | {"whole": read(found)}, str(target))
+
+
 def make_words(row: Row, args: argparse.Namespace) -> list[str]:
     """The command that makes the checkpoint, after `dibit`."""
     way, text = WAYS[row.way], str(args.calibration)
@@ -246,19 +263,21 @@ def text_of(results: Path) -> str:
 
 def lines(rows: list[Row], results: Path) -> list[str]:
     found = [
-        "| method | bits with scales and zero points | perplexity | KL | minutes | peak GB | trained on, tokens/s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| method | bits with scales and zero points | perplexity | of the whole text | KL | minutes | peak GB | "
+        "trained on, tokens/s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         record = read(results / f"{row.name}.json")
         made, tuned = record["quantize"], record.get("finetune")
         seconds = made["seconds"] + (tuned["seconds"] if tuned else 0.0)
         speed = tuned["tokens_per_s"] if tuned else made["tokens_per_s"]
-        ppl, apart = record["perplexity"]["ppl"], record.get("divergence")
+        whole, apart = record.get("whole"), record.get("divergence")
         cells = [
             WAYS[row.way].title,
             f"{made['bits_per_weight']:.2f}",
-            f"{ppl:.2f}" if ppl < 1000 else f"{ppl:.3g}",
+            ppl_text(record["perplexity"]["ppl"]),
+            "" if whole is None else ppl_text(whole["ppl"]),
             "" if apart is None else f"{apart['kl_mean']:.2f}",
             f"{seconds / 60:.0f}" if seconds >= 60 else f"{seconds / 60:.1f}",
             f"{made['peak_rss_bytes'] / 1e9:.2f}",
@@ -266,6 +285,10 @@ def lines(rows: list[Row], results: Path) -> list[str]:
         ]
         found.append("| " + " | ".join(cells) + " |")
     return found
+
+
+def ppl_text(ppl: float) -> str:
+    return f"{ppl:.2f}" if ppl < 1000 else f"{ppl:.3g}"
 
 
 if __name__ == "__main__":
