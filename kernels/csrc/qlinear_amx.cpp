@@ -139,8 +139,8 @@ DIBIT_INLINE void add(const Chunk<BLOCK>& chunk, int64_t block, int64_t token, c
 }
 
 // Adds the products `made` at a place to the sums of tokens [HALF * 8, HALF * 8 + 8) of it, and meanwhile makes those
-// of the place after it. Beside tile instructions the vector units start one 512-bit instruction a cycle instead of two,
-// and neither side hides behind the other unless they alternate.
+// of the place after it. Beside tile instructions the vector units start one 512-bit instruction a cycle instead of
+// two, and neither side hides behind the other unless they alternate.
 template <int BLOCK, bool CENTERED, int HALF>
 DIBIT_INLINE void half_step(const Chunk<BLOCK>& chunk, const Place& at, const Dots* made, Sums* sums,
                             const Place& after, Dots* next) {

@@ -3,7 +3,8 @@
 // `vpmaddubsw` multiplies unsigned codes by signed activations and adds neighbours into int16, which holds
 // 43 / 18 / 8 such sums of 2 / 3 / 4-bit codes and activations in [-127, 127]. A block of 64 columns gives each lane
 // 16, so 4-bit sums are widened every 8. One product of 8-bit codes would already saturate: they are taken as two
-// 4-bit planes, isum = low + 16 high.
+// 4-bit planes, isum = low + 16 high. Up to 4 tokens meet the codes in registers; more share codes that were unpacked
+// into L1.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -200,6 +201,107 @@ void gemv_body(const QWeight& w, const Activations& a, const float* bias, float*
   }
 }
 
+// Plane PLANE of cell I of the 8 that lie packed at `v`, 8 rows of it.
+template <int BITS, int I, int PLANE>
+DIBIT_INLINE __m256i cell(const uint8_t* v) {
+  if constexpr (BITS == 8) {
+    return low(load(v + I * kCell), 4 * PLANE, 15);
+  } else if constexpr (BITS == 3 && I < 6) {
+    return low(load(v + I / 2 * kCell), I % 2 * 3, 7);
+  } else if constexpr (BITS == 3) {
+    return top3(load(v), load(v + kCell), load(v + 2 * kCell), I);
+  } else {
+    constexpr int kPer = 8 / BITS;
+    return low(load(v + I / kPer * kCell), I % kPer * BITS, (1 << BITS) - 1);
+  }
+}
+
+// Multiplies cells [I, END) with the activations of T tokens, which lie by cell.
+template <int BITS, int PLANE, int I, int END, int T>
+DIBIT_INLINE void dot_run(const uint8_t* v, const int8_t* x, __m256i (&sums)[T]) {
+  const __m256i codes = cell<BITS, I, PLANE>(v);
+  _Pragma("GCC unroll 4") for (int t = 0; t < T; ++t) {
+    __m256i own = sums[t];
+    mad(own, codes, broadcast4(x + 4 * (I * kTokenTile + t)));
+    sums[t] = own;
+  }
+  if constexpr (I + 1 < END) dot_run<BITS, PLANE, I + 1, END>(v, x, sums);
+}
+
+// Adds cells [BEGIN, END) of a unit of 8 to the integer sums.
+template <int BITS, int BEGIN, int END, int T>
+DIBIT_INLINE void add_unit(const uint8_t* v, const int8_t* x, __m256i (&dots)[T]) {
+  __m256i sums[T];
+  _Pragma("GCC unroll 4") for (int t = 0; t < T; ++t) sums[t] = _mm256_setzero_si256();
+  dot_run<BITS, 0, BEGIN, END>(v, x, sums);
+  _Pragma("GCC unroll 4") for (int t = 0; t < T; ++t) dots[t] = _mm256_add_epi32(dots[t], widen(sums[t]));
+  if constexpr (BITS == 8) {
+    _Pragma("GCC unroll 4") for (int t = 0; t < T; ++t) sums[t] = _mm256_setzero_si256();
+    dot_run<BITS, 1, BEGIN, END>(v, x, sums);
+    _Pragma("GCC unroll 4") for (int t = 0; t < T; ++t)
+        dots[t] = _mm256_add_epi32(dots[t], _mm256_slli_epi32(widen(sums[t]), 4));
+  }
+}
+
+constexpr int kFew = 4;
+
+// A few tokens, T of them: codes are used where they are unpacked, half a panel after the other.
+template <int BITS, int BLOCK, int T>
+void few_tokens(const QWeight& w, const Activations& a, const float* bias, float* y, int64_t begin, int64_t end) {
+  constexpr int64_t kStep = BLOCK * kTokenTile;
+  // 3-bit codes come in units of 8 cells, which may be two blocks.
+  constexpr bool kPair = BITS == 3 && BLOCK == 16;
+  constexpr int64_t kBytes = (kPair ? 32 : BLOCK) / 4 * kCell * BITS / 8;
+  alignas(32) float sums[T][kRows];
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const uint8_t* v = w.codes + panel * w.panel_bytes();
+    const int8_t* x = a.codes;
+    const float *xscales = a.scales, *xsums = a.sums;
+    std::memset(sums, 0, sizeof sums);
+    auto add = [&](int h, const __m256i(&dots)[T], const Meta& meta, int64_t block) __attribute__((always_inline)) {
+      for (int t = 0; t < T; ++t) {
+        float* to = sums[t] + 8 * h;
+        const int64_t at = block * a.stride + t;
+        const __m256 sum = _mm256_load_ps(to);
+        _mm256_store_ps(to, accumulate(sum, dots[t], meta.zero[h], meta.scale[h], xscales[at], xsums[at]));
+      }
+    };
+    auto none = [](__m256i(&dots)[T]) __attribute__((always_inline)) {
+      for (int t = 0; t < T; ++t) dots[t] = _mm256_setzero_si256();
+    };
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const Meta meta = load_meta(w, (panel * w.groups + g) * kRows);
+      if constexpr (kPair) {
+        const Meta next = load_meta(w, (panel * w.groups + ++g) * kRows);
+        DIBIT_ROLLED for (int h = 0; h < 2; ++h) {
+          __m256i dots[T];
+          none(dots);
+          add_unit<BITS, 0, 4>(v + 32 * h, x, dots);
+          add(h, dots, meta, 0);
+          none(dots);
+          add_unit<BITS, 4, 8>(v + 32 * h, x, dots);
+          add(h, dots, next, 1);
+        }
+        v += kBytes, x += 2 * kStep, xscales += 2 * a.stride, xsums += 2 * a.stride;
+      } else {
+        for (int64_t i = 0; i < w.blocks_per_group; ++i) {
+          prefetch(v, kBytes, kAhead);
+          DIBIT_ROLLED for (int h = 0; h < 2; ++h) {
+            __m256i dots[T];
+            none(dots);
+            if constexpr (BLOCK == 16) add_unit<BITS, 0, 4>(v + 32 * h, x, dots);
+            else for (int u = 0; u < BLOCK / 32; ++u)
+              add_unit<BITS, 0, 8>(v + 32 * h + u * BITS * kCell, x + u * 32 * kTokenTile, dots);
+            add(h, dots, meta, 0);
+          }
+          v += kBytes, x += kStep, xscales += a.stride, xsums += a.stride;
+        }
+      }
+    }
+    for (int t = 0; t < T; ++t) store_panel(w, panel, sums[t], bias, y + t * w.n);
+  }
+}
+
 // 32 columns (8 cells) of packed codes into bytes. 8 bits: each cell becomes its low plane, then its high plane.
 template <int BITS>
 DIBIT_INLINE void unpack8(const uint8_t* v, uint8_t* out) {
@@ -298,6 +400,9 @@ __attribute__((noinline)) void tile(const Chunk& chunk, int64_t blocks, const in
 template <int BITS, int BLOCK>
 void gemm_body(const QWeight& w, const Activations& a, int64_t m, const float* bias, float* y, int64_t begin,
                int64_t end) {
+  if (m == 2) return few_tokens<BITS, BLOCK, 2>(w, a, bias, y, begin, end);
+  if (m == 3) return few_tokens<BITS, BLOCK, 3>(w, a, bias, y, begin, end);
+  if (m == kFew) return few_tokens<BITS, BLOCK, kFew>(w, a, bias, y, begin, end);
   constexpr int kPlanes = BITS == 8 ? 2 : 1;
   constexpr int kMost = BITS < 4 ? 16 : 8;
   constexpr int kRun = BLOCK / 4 < kMost ? BLOCK / 4 : kMost;
@@ -342,6 +447,8 @@ void gemm_body(const QWeight& w, const Activations& a, int64_t m, const float* b
   }
 }
 
+Order order(const QWeight& w, int64_t tokens) { return tokens == 1 || tokens > kFew ? by_row(w) : by_cell(w); }
+
 void gemv(const QWeight& w, const Activations& a, const float* bias, float* y, int64_t begin, int64_t end) {
   DIBIT_BY_SHAPE(gemv_body, w, a, bias, y, begin, end);
 }
@@ -354,7 +461,7 @@ void gemm(const QWeight& w, const Activations& a, int64_t m, const float* bias, 
 }  // namespace
 
 const QKernels& avx2_kernels() {
-  static const QKernels kernels{[](const QWeight& w, int64_t) { return by_row(w); }, quantize_avx2, gemv, gemm};
+  static const QKernels kernels{order, quantize_avx2, gemv, gemm};
   return kernels;
 }
 
