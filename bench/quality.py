@@ -84,11 +84,21 @@ WAYS = {
         source="fastfrac",
         tune=f"--objective ce {TUNED} -O norm_rate=0",
     ),
+    "bestcelong": Way(
+        "`--recipe fast --zero-grid fractional`, then `dibit finetune --objective ce` (112 steps)",
+        source="fastfrac",
+        tune=f"--objective ce {TUNED_LONG} -O norm_rate=0",
+    ),
     "recipe": Way("`--recipe best --zero-grid fractional`", "--recipe best --zero-grid fractional"),
     "recipece": Way(
         "`--recipe best --zero-grid fractional`, then `dibit finetune --objective ce` (56 steps)",
         source="recipe",
         tune=f"--objective ce {TUNED} -O norm_rate=0",
+    ),
+    "recipecelong": Way(
+        "`--recipe best --zero-grid fractional`, then `dibit finetune --objective ce` (112 steps)",
+        source="recipe",
+        tune=f"--objective ce {TUNED_LONG} -O norm_rate=0",
     ),
     "smooth": Way("RTN with SmoothQuant's scales", "--method smoothquant --samples 32"),
 }
@@ -113,7 +123,7 @@ TABLES = (
         "2",
         "2 bits, groups of 64",
         "--bits 2 --group-size 64",
-        (*ALL, "bestce", "recipe", "baplong", "eqatlong", "recipece"),
+        (*ALL, "eqatlong", "bestce", "bestcelong", "recipe", "baplong", "recipece", "recipecelong"),
     ),
     Table("2-seed1", "2 bits, groups of 64, second seed", "--bits 2 --group-size 64", LEARNED, seed=1),
     Table(
@@ -262,29 +272,28 @@ def text_of(results: Path) -> str:
 
 
 def lines(rows: list[Row], results: Path) -> list[str]:
-    found = [
-        "| method | bits with scales and zero points | perplexity | of the whole text | KL | minutes | peak GB | "
-        "trained on, tokens/s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        record = read(results / f"{row.name}.json")
+    records = [read(results / f"{row.name}.json") for row in rows]
+    columns = ["method", "bits with scales and zero points", "perplexity"]
+    columns += ["of the whole text"] if any("whole" in record for record in records) else []
+    columns += ["KL", "minutes", "peak GB", "trained on, tokens/s"]
+    found = [columns, ["---"] * len(columns)]
+    for row, record in zip(rows, records, strict=True):
         made, tuned = record["quantize"], record.get("finetune")
         seconds = made["seconds"] + (tuned["seconds"] if tuned else 0.0)
         speed = tuned["tokens_per_s"] if tuned else made["tokens_per_s"]
         whole, apart = record.get("whole"), record.get("divergence")
-        cells = [
-            WAYS[row.way].title,
-            f"{made['bits_per_weight']:.2f}",
-            ppl_text(record["perplexity"]["ppl"]),
-            "" if whole is None else ppl_text(whole["ppl"]),
-            "" if apart is None else f"{apart['kl_mean']:.2f}",
-            f"{seconds / 60:.0f}" if seconds >= 60 else f"{seconds / 60:.1f}",
-            f"{made['peak_rss_bytes'] / 1e9:.2f}",
-            "" if speed is None else f"{speed:.0f}",
-        ]
-        found.append("| " + " | ".join(cells) + " |")
-    return found
+        cells = {
+            "method": WAYS[row.way].title,
+            "bits with scales and zero points": f"{made['bits_per_weight']:.2f}",
+            "perplexity": ppl_text(record["perplexity"]["ppl"]),
+            "of the whole text": "" if whole is None else ppl_text(whole["ppl"]),
+            "KL": "" if apart is None else f"{apart['kl_mean']:.2f}",
+            "minutes": f"{seconds / 60:.0f}" if seconds >= 60 else f"{seconds / 60:.1f}",
+            "peak GB": f"{made['peak_rss_bytes'] / 1e9:.2f}",
+            "trained on, tokens/s": "" if speed is None else f"{speed:.0f}",
+        }
+        found.append([cells[column] for column in columns])
+    return ["| " + " | ".join(cells) + " |" for cells in found]
 
 
 def ppl_text(ppl: float) -> str:
