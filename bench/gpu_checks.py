@@ -27,8 +27,8 @@ from dibit.kernels.rope import rope_kv_write_reference
 from dibit.kernels.triton import attention, fused, qlinear, sampling, small
 from dibit.kernels.triton.layout import pack
 
-ROUNDED = (Format(4, 128), Format(4, PER_CHANNEL), Format(8, 64), Format(8, 128), Format(2, 64))
-"""Weights of the products of rounded activations: all that integer tensor cores multiply, and one that they do not."""
+ROUNDED = (Format(2, 128), Format(4, 128), Format(4, PER_CHANNEL), Format(8, 64), Format(8, 128), Format(2, 64))
+"""Weights of the products of rounded activations: some that integer tensor cores multiply, and one they do not."""
 
 
 def random_weight(n: int, k: int, format: Format, device: torch.device) -> QTensor:

@@ -60,7 +60,6 @@ class Compiled:
     spills       bytes of a thread's values that do not fit its registers
     loop         None when the kernel has no loop
     ttgir        Triton's last intermediate form
-    load_bytes   by element type of the pointer (i16, f16, ...), the narrowest copy or load of a tensor in bytes
     """
 
     registers: int
@@ -68,7 +67,6 @@ class Compiled:
     shared_bytes: int
     loop: Loop | None
     ttgir: str
-    load_bytes: Mapping[str, int]
 
 
 def compile_kernel(
@@ -113,7 +111,6 @@ def compile_kernel(
         shared_bytes=int(made.metadata.shared),
         loop=main_loop(listing),
         ttgir=made.asm["ttgir"],
-        load_bytes=load_widths(made.asm["ttgir"]),
     )
 
 
@@ -150,21 +147,17 @@ def main_loop(listing: str) -> Loop | None:
     return Loop(len(body), dict(Counter(map(_kind, body))))
 
 
-def load_widths(ttgir: str) -> dict[str, int]:
-    """Narrowest global copy or load of a two-dimensional tensor, in bytes, by element type."""
+def load_bytes(ttgir: str, *, rows: int, columns: int) -> int | None:
+    """Bytes of the narrowest global copy or load of a tensor [rows, columns]; None where there is none."""
     sizes = {"i8": 1, "i16": 2, "f16": 2, "bf16": 2, "f32": 4, "i32": 4, "i64": 8}
-    found: dict[str, int] = {}
-    copies = re.finditer(
-        r"async_copy_global_to_local[^\n]*?contiguity = (\d+)[^\n]*?tensor<\d+x\d+x!tt\.ptr<(\w+)>", ttgir
-    )
-    for contiguity, element in (match.groups() for match in copies):
-        found[element] = min(found.get(element, 16), int(contiguity) * sizes[element])
+    tensor = rf"tensor<{rows}x{columns}x!tt\.ptr<(\w+)>"
+    copies = re.findall(rf"async_copy_global_to_local[^\n]*?contiguity = (\d+)[^\n]*?{tensor}", ttgir)
+    widths = [int(contiguity) * sizes[element] for contiguity, element in copies]
     layouts = dict(re.findall(r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir))
-    for element, layout in re.findall(r"= tt\.load [^\n]*tensor<\d+x\d+x!tt\.ptr<(\w+)>, (#\w+)>", ttgir):
+    for element, layout in re.findall(rf"= tt\.load [^\n]*{tensor}, (#\w+)>", ttgir):
         if layout in layouts:
-            width = max(map(int, layouts[layout].split(", "))) * sizes[element]
-            found[element] = min(found.get(element, 16), width)
-    return found
+            widths.append(max(map(int, layouts[layout].split(", "))) * sizes[element])
+    return min((16, *widths)) if widths else None
 
 
 def weight_conversions(ttgir: str, *, rows: int, columns: int) -> int:

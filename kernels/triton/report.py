@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from dibit.kernels.formats import PER_CHANNEL, Format
 from dibit.kernels.triton import layout
-from dibit.kernels.triton.aot import Compiled, compile_kernel, weight_conversions
+from dibit.kernels.triton.aot import Compiled, compile_kernel, load_bytes, weight_conversions
 from dibit.kernels.triton.device.prepare import prepare_kernel
 from dibit.kernels.triton.device.qlinear import qlinear_kernel, reduce_kernel
 from dibit.kernels.triton.plan import Gpu, Plan, plan, takes_integers
@@ -58,7 +58,11 @@ PRODUCTS = (
     *(Product(Format(bits, 128), tokens) for bits in (2, 3, 4) for tokens in (64, 256)),
     *(
         Product(weight, tokens, activation_bits=8)
-        for weight in (Format(4, 128), Format(4, PER_CHANNEL), Format(8, 128), Format(8, 64))
+        for weight in (
+            *(Format(bits, group) for bits in (2, 4) for group in (128, PER_CHANNEL)),
+            Format(8, 128),
+            Format(8, 64),
+        )
         for tokens in (64, 256)
     ),
 )
@@ -87,7 +91,7 @@ def _compiled(
             "half": "*i8" if integers else "*fp16",
             "sums": "*fp32",
             "factors": "*fp32",
-            "codes": "*i16",
+            "codes": "*i8" if integers else "*i16",
             "scales": "*fp16",
             "zeros": "*u8",
             "y": "*fp32",
@@ -128,6 +132,7 @@ def report_product(product: Product, gpu: GpuModel) -> KernelReport:
     chosen, geometry = product.plan(gpu), product.geometry
     made = compile_product(product, chosen, gpu.arch)
     n, k = product.shape
+    columns = geometry.step_units * (32 if product.integers(gpu.arch) else 16)
     passes = chosen.padded_tokens(product.tokens) // chosen.block_tokens
     per_weight = None
     if made.loop is not None:
@@ -146,8 +151,8 @@ def report_product(product: Product, gpu: GpuModel) -> KernelReport:
         instructions=0.0 if per_weight is None else per_weight * passes * n * geometry.columns,
         products=float(n * geometry.columns * chosen.padded_tokens(product.tokens)),
         integers=product.integers(gpu.arch),
-        weight_load_bytes=made.load_bytes.get("i16"),
-        conversions=weight_conversions(made.ttgir, rows=chosen.block_rows, columns=geometry.step_units * 16),
+        weight_load_bytes=load_bytes(made.ttgir, rows=chosen.block_rows, columns=columns),
+        conversions=weight_conversions(made.ttgir, rows=chosen.block_rows, columns=columns),
         per_weight=per_weight,
         budget=gpu.instructions_per_weight(8 * weight_bytes / (n * k)),
     )

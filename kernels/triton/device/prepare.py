@@ -11,7 +11,7 @@ infinity stays one and makes the token's whole row of the product NaN.
 
 With QMAX, 2^(bits - 1) - 1 of rounded activations, a token's numbers are the integers of `quantize_activations`
 instead, and its factor is their scale. Integers up to 127 are float16 numbers: the same product multiplies them.
-Where `half` is int8 they are stored as they are, for integer products.
+Where `half` is int8 they are stored as they are, for integer products, in the order of `byte_place`.
 """
 
 from __future__ import annotations
@@ -72,10 +72,20 @@ def plane_shifts(at, BITS: tl.constexpr):
 
 
 @triton.jit
+def byte_place(at, BITS: tl.constexpr):
+    """Where the activation of column `at` stands for integer products: 32 columns for each field of a unit's bytes.
+    Word r of a unit is bytes 2 r and 2 r + 1, and plane p a field of one of them."""
+    UNIT: tl.constexpr = 256 // BITS
+    FIELDS: tl.constexpr = 8 // BITS
+    plane = at % UNIT // 16
+    return at // UNIT * UNIT + plane % FIELDS * 32 + at % 16 * 2 + plane // FIELDS
+
+
+@triton.jit
 def store_operand(operand, half, at, inside, BITS: tl.constexpr):
     """Store a row's operands at the columns `at`; returns what was stored, the planes' shifts undone."""
     if half.dtype.element_ty == tl.int8:
-        tl.store(half + at, operand.to(tl.int8), mask=inside)
+        tl.store(half + byte_place(at, BITS), operand.to(tl.int8), mask=inside)
         return operand
     else:
         shift = plane_shifts(at, BITS)

@@ -10,8 +10,9 @@ Splits: the columns are cut into `splits` runs of whole steps, a function of the
 the runs are computed side by side and added by `reduce_kernel` in ascending order; for many, one program computes
 them one after another and adds them in the same order. So a token's bits do not depend on how many tokens there are.
 
-Integer products (`half` is int8) multiply codes and rounded activations on integer tensor cores. Their int32 sums are
-those that the float16 products make of the same integers exactly, below 2^24; everything after is the same.
+Integer products (`half` and `codes` are int8) multiply codes and rounded activations on integer tensor cores. Their
+int32 sums are those that the float16 products make of the same integers exactly, below 2^24; everything after is the
+same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dibit.kernels.triton.device.unpack import bytes_4, bytes_8, last_plane_3, planes_2, planes_3, planes_4, planes_8
+from dibit.kernels.triton.device.unpack import (
+    bytes_2,
+    bytes_4,
+    bytes_8,
+    last_plane_3,
+    planes_2,
+    planes_3,
+    planes_4,
+    planes_8,
+)
 
 SUBNORMALS = tl.constexpr(16777216.0)
 """2^24: what a plane's subnormal numbers are codes by."""
@@ -126,24 +136,27 @@ def integer_run(
     BM: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """half_run with int8 columns, 4 or 8 bits, a group a step; PER_CHANNEL at 4 bits only, whose codes need no sums."""
-    PLANES: tl.constexpr = 16 // BITS
+    """half_run with int8 columns and the words as bytes, 2, 4 or 8 bits, a group a step; PER_CHANNEL not at 8 bits,
+    whose codes need sums."""
+    FIELDS: tl.constexpr = 8 // BITS
     acc = tl.zeros((BN, BM), tl.float32)
     part = tl.zeros((BN, BM), tl.int32)
     for step in range(first, last):
-        w = tl.load(words + step * (STEP_UNITS * 1024), eviction_policy="evict_first")
-        at = columns + step * (STEP_UNITS * PLANES * 16)
-        if BITS == 4:
-            planes = bytes_4(w, ASM)
+        b = tl.load(words + step * (STEP_UNITS * 2048), eviction_policy="evict_first")
+        at = columns + step * (STEP_UNITS * FIELDS * 32)
+        if BITS == 2:
+            fields = bytes_2(b, ASM)
+        elif BITS == 4:
+            fields = bytes_4(b, ASM)
         else:
-            planes = bytes_8(w, ASM)
+            fields = (bytes_8(b, ASM),)
         if not PER_CHANNEL:
             part = tl.zeros((BN, BM), tl.int32)
         if BITS == 8:
             # What the codes lost to be int8.
             part += (tl.load(sums + step * MP + m) * 128.0).to(tl.int32)[None, :]
-        for p in tl.static_range(PLANES):
-            part = tl.dot(planes[p], tl.load(at + p * 16), part, out_dtype=tl.int32)
+        for f in tl.static_range(FIELDS):
+            part = tl.dot(fields[f], tl.load(at + f * 32), part, out_dtype=tl.int32)
         if not PER_CHANNEL:
             acc += scaled(
                 part.to(tl.float32), sums, scales, zeros, step, n, m, NP, MP, ZERO_BASE, ZERO_STEP, 1.0
@@ -213,17 +226,19 @@ def qlinear_kernel(
     row = tl.arange(0, BN)
     n = pn * BN + row
     m = pm * BM + tl.arange(0, BM)
-    c = tl.arange(0, STEP_UNITS * 16)
     SETS: tl.constexpr = 3 if BITS == 3 else 1
     UNIT: tl.constexpr = 256 if BITS == 3 else 256 // BITS
-    tile_words = STEPS * (STEP_UNITS * SETS * 1024)
+    # Of `codes`, in a row of a word set: bytes where columns are, else words.
+    ACROSS: tl.constexpr = 32 if half.dtype.element_ty == tl.int8 else 16
+    c = tl.arange(0, STEP_UNITS * ACROSS)
+    tile_words = STEPS * (STEP_UNITS * SETS * 64 * ACROSS)
     words = (
         codes
         + (pn * (BN // 64)).to(tl.int64) * tile_words
-        + ((row // 64) * tile_words + (row % 64) * 16)[:, None]
-        + ((c // 16) * (SETS * 1024) + c % 16)[None, :]
+        + ((row // 64) * tile_words + (row % 64) * ACROSS)[:, None]
+        + ((c // ACROSS) * (SETS * 64 * ACROSS) + c % ACROSS)[None, :]
     )
-    columns = half + ((c // 16) * UNIT + c % 16)[:, None] + m.to(tl.int64)[None, :] * KP
+    columns = half + ((c // ACROSS) * UNIT + c % ACROSS)[:, None] + m.to(tl.int64)[None, :] * KP
     if PARTIAL:
         split = tl.program_id(2)
         first = split * RUN

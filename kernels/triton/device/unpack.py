@@ -5,8 +5,8 @@ float16, never converted. With ASM the words are taken as 32-bit registers that 
 is what a matrix instruction's operand is; LLVM does not find that pairing by itself and needs twice the instructions.
 Without it the same is said in plain operations, which the interpreter can run.
 
-For integer products planes are int8: the bytes of four words are gathered in two registers first, so that every mask
-serves four weights.
+Integer products take the words as bytes, so that every mask serves four weights. Which column a byte's field belongs to
+is seen to beforehand: device/prepare.py puts activations where the fields want them.
 """
 
 from __future__ import annotations
@@ -127,42 +127,46 @@ def last_plane_3(a, b, c, ASM: tl.constexpr):
 
 
 @triton.jit
-def bytes_4(w, ASM: tl.constexpr):
-    """The four planes of 4-bit words as int8 codes."""
+def bytes_2(b, ASM: tl.constexpr):
+    """The four fields of bytes of 2-bit codes, in order, as int8 codes."""
     if ASM:
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 l, h, i, j;
-            prmt.b32 l, $4, $5, 0x6420; prmt.b32 h, $4, $5, 0x7531;
-            and.b32 $0, l, 0x0f0f0f0f; shr.u32 i, l, 4; and.b32 $1, i, 0x0f0f0f0f;
-            and.b32 $2, h, 0x0f0f0f0f; shr.u32 j, h, 4; and.b32 $3, j, 0x0f0f0f0f; }""",
-            "=&r,=&r,=&r,=&r,r,r",
-            [w],
+            """{ .reg .b32 i, j, k;
+            and.b32 $0, $4, 0x03030303; shr.u32 i, $4, 2; and.b32 $1, i, 0x03030303;
+            shr.u32 j, $4, 4; and.b32 $2, j, 0x03030303; shr.u32 k, $4, 6; and.b32 $3, k, 0x03030303; }""",
+            "=&r,=&r,=&r,=&r,r",
+            [b],
             dtype=(tl.int8,) * 4,
             is_pure=True,
             pack=4,
         )
     else:
-        return (
-            (w & 0xF).to(tl.int8),
-            ((w >> 4) & 0xF).to(tl.int8),
-            ((w >> 8) & 0xF).to(tl.int8),
-            ((w >> 12) & 0xF).to(tl.int8),
-        )
+        return b & 3, (b >> 2) & 3, (b >> 4) & 3, (b >> 6) & 3
 
 
 @triton.jit
-def bytes_8(w, ASM: tl.constexpr):
-    """The two planes of 8-bit words as int8, codes minus 128."""
+def bytes_4(b, ASM: tl.constexpr):
+    """The two fields of bytes of 4-bit codes as int8 codes."""
     if ASM:
         return tl.inline_asm_elementwise(
-            """{ .reg .b32 l, h;
-            prmt.b32 l, $2, $3, 0x6420; xor.b32 $0, l, 0x80808080;
-            prmt.b32 h, $2, $3, 0x7531; xor.b32 $1, h, 0x80808080; }""",
-            "=&r,=&r,r,r",
-            [w],
+            """{ .reg .b32 h;
+            and.b32 $0, $2, 0x0f0f0f0f; shr.u32 h, $2, 4; and.b32 $1, h, 0x0f0f0f0f; }""",
+            "=&r,=&r,r",
+            [b],
             dtype=(tl.int8, tl.int8),
             is_pure=True,
             pack=4,
         )
     else:
-        return ((w & 0xFF) - 128).to(tl.int8), (((w >> 8) & 0xFF) - 128).to(tl.int8)
+        return b & 15, (b >> 4) & 15
+
+
+@triton.jit
+def bytes_8(b, ASM: tl.constexpr):
+    """8-bit codes minus 128 as int8."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, 0x80808080;", "=r,r", [b], dtype=tl.int8, is_pure=True, pack=4
+        )  # fmt: skip
+    else:
+        return b ^ -128

@@ -18,7 +18,16 @@ from dibit.kernels.triton.plan import INTEGER_TOKENS, Gpu, plan, takes_integers
 from dibit.kernels.triton.qlinear import Prepared, multiply, plan_of, prepare, qlinear
 
 MANY = INTEGER_TOKENS + 1
-TAKEN = [Format(4, 128), Format(4, -1), Format(8, 64), Format(8, 128)]
+TAKEN = [
+    Format(2, 128),
+    Format(2, -1),
+    Format(4, 64),
+    Format(4, 128),
+    Format(4, -1),
+    Format(8, 32),
+    Format(8, 64),
+    Format(8, 128),
+]
 
 
 def taken(w: TritonQWeight, tokens: int, activation_bits: int | None) -> bool:
@@ -32,16 +41,22 @@ def prepared_by_hand(x: Tensor, w: TritonQWeight, padded: int, *, integers: bool
     codes = torch.nn.functional.pad(x, (0, geometry.columns - k, 0, padded - tokens))
     planes = torch.arange(geometry.columns) % geometry.unit_columns // PLANE_COLUMNS
     shifts = torch.tensor([plane_shift(w.format.bits, p) for p in range(geometry.planes)])
-    made.half.copy_(codes if integers else codes / 2.0 ** shifts[planes])
+    if integers:
+        # Bytes of a word beside each other, fields of a byte 32 columns apart.
+        fields = codes.view(padded, -1, 2, geometry.planes // 2, PLANE_COLUMNS)
+        made.half.copy_(fields.permute(0, 1, 3, 4, 2).reshape(padded, -1))
+    else:
+        made.half.copy_(codes / 2.0 ** shifts[planes])
     made.sums.copy_(codes.view(padded, geometry.groups, -1).sum(2).T)
     made.factors.fill_(1.0)
     return made
 
 
 @pytest.mark.parametrize("integers", [False, True])
-def test_by_hand_is_what_the_kernel_prepares(*, integers: bool) -> None:
-    w = layout.pack(random_weight(64, 128, Format(4, 64)))
-    x = torch.randint(-127, 128, (2, 128)).float()
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_by_hand_is_what_the_kernel_prepares(bits: int, *, integers: bool) -> None:
+    w = layout.pack(random_weight(64, 256, Format(bits, 128)))
+    x = torch.randint(-127, 128, (2, 256)).float()
     x[:, 0] = 127.0
     found = prepare(x, w, padded_tokens=3, activation_bits=8, integers=integers)
     by_hand = prepared_by_hand(x, w, 3, integers=integers)
@@ -54,8 +69,12 @@ def test_by_hand_is_what_the_kernel_prepares(*, integers: bool) -> None:
 @pytest.mark.parametrize(
     ("format", "n", "tokens", "splits"),
     [
+        (Format(2, 128), 100, MANY, 1),
+        (Format(2, -1), 40, 70, 2),
+        (Format(4, 64), 40, MANY, 2),
         (Format(4, 128), 100, MANY, 1),
         (Format(4, 128), 40, 70, 2),
+        (Format(8, 32), 40, MANY, 1),
         (Format(4, -1), 100, MANY, 2),
         (Format(8, 64), 40, MANY, 2),
         (Format(8, 128), 100, 70, 1),
@@ -84,7 +103,7 @@ def test_the_bits_of_the_float16_product(format: Format, n: int, tokens: int, sp
 
 @pytest.mark.parametrize(
     ("format", "activation_bits"),
-    [(Format(4, 128), 8), (Format(4, -1), 4), (Format(8, 128), 6)],
+    [(Format(2, 128), 8), (Format(4, 128), 8), (Format(4, -1), 4), (Format(8, 128), 6)],
     ids=lambda v: v.name if isinstance(v, Format) else str(v),
 )
 def test_a_token_is_the_same_among_few_and_many(format: Format, activation_bits: int) -> None:
@@ -142,18 +161,21 @@ def test_fused_ops_prepare_them_too() -> None:
         (Format(4, -1), 8192, MANY, 8, True),
         (Format(4, -1), 11008, MANY, 8, False),
         (Format(4, -1), 11008, MANY, 6, True),
-        (Format(4, 64), 4096, MANY, 8, False),
+        (Format(4, 64), 4096, MANY, 8, True),
+        (Format(4, 32), 4096, MANY, 8, False),
         (Format(8, 64), 4096, MANY, 8, True),
-        (Format(8, 32), 4096, MANY, 8, False),
+        (Format(8, 32), 4096, MANY, 8, True),
         (Format(8, -1), 4096, MANY, 8, False),
-        (Format(2, 128), 4096, MANY, 8, False),
+        (Format(2, 128), 4096, MANY, 8, True),
+        (Format(2, 64), 4096, MANY, 8, False),
+        (Format(2, -1), 11008, MANY, 8, True),
         (Format(3, 128), 4096, MANY, 4, False),
     ],
 )
 def test_where_they_are_taken(
     format: Format, k: int, tokens: int, activation_bits: int | None, *, expected: bool
 ) -> None:
-    """Not where float32 could not hold a sum, nor where a plane of a step is shorter than an instruction."""
+    """Not where float32 could not hold a sum, nor where a step has several groups, nor at 3 bits."""
     geometry = layout.Geometry.of(format, k)
     assert takes_integers(format, geometry, tokens, gpu=Gpu(28, 86), activation_bits=activation_bits) == expected
 
@@ -168,8 +190,12 @@ def test_where_float16_is_fast_short_groups_stay_there() -> None:
         for weight in TAKEN
     }
     assert taken_on == {
+        "int2-g128": [80, 86, 89, 100, 120],
+        "int2-channel": [80, 86, 89, 90, 100, 120],
+        "int4-g64": [86, 89, 120],
         "int4-g128": [80, 86, 89, 100, 120],
         "int4-channel": [80, 86, 89, 90, 100, 120],
+        "int8-g32": [86, 89, 120],
         "int8-g64": [86, 89, 120],
         "int8-g128": [80, 86, 89, 100, 120],
     }

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dibit.kernels.triton import report
-from dibit.kernels.triton.aot import NoCompiler, compile_kernel, load_widths, main_loop, weight_conversions
+from dibit.kernels.triton.aot import NoCompiler, compile_kernel, load_bytes, main_loop, weight_conversions
 from dibit.kernels.triton.limits import MAX_WARPS, SHARED_BYTES
 from dibit.kernels.triton.report_model import (
     GPUS,
@@ -153,7 +153,9 @@ def test_widths_and_conversions_are_read_from_the_intermediate_form() -> None:
 %b = tt.load %r : tensor<16x8x!tt.ptr<f16>, #blocked1>
 %c = ttg.local_load %w : !ttg.memdesc<64x32xi16> -> tensor<64x32xi16, #dot>
 """
-    assert load_widths(form) == {"i16": 16, "f16": 4}
+    assert load_bytes(form, rows=64, columns=32) == 16
+    assert load_bytes(form, rows=16, columns=8) == 4
+    assert load_bytes(form, rows=64, columns=8) is None
     assert weight_conversions(form, rows=64, columns=32) == 0
     worse = form + "%d = ttg.convert_layout %c : tensor<64x32xi16, #x> -> tensor<64x32xi16, #dot>\n"
     assert weight_conversions(worse, rows=64, columns=32) == 1
