@@ -48,7 +48,7 @@ build: $(VENV)/.installed ## rebuild the C++ kernels
 	$(PIP) --no-deps --force-reinstall --editable .
 
 gpu: $(VENV)/.tested ## on a machine with an NVIDIA GPU: check the GPU kernels, time them, write bench/results/gpu-NAME.json
-	$(PIP) --editable '.[gpu]'
+	$(PIP) --editable '.[gpu,bench]'
 	$(BIN)/python -m dibit.bench.gpu
 
 clean: ## remove what make made (the models too)

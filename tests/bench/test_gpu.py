@@ -6,20 +6,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from random_weights import random_weight
 from torch import Tensor
 
 from dibit.bench import gpu
 from dibit.bench.charts import read_results
 from dibit.bench.gpu_charts import gpu_charts, gpu_tables
-from dibit.bench.gpu_checks import random_weight
-from dibit.bench.gpu_peers import PEERS, Linear, Peer, WrongProduct, checked, torch_linear
+from dibit.bench.gpu_peers import PEERS, WrongProduct, checked, torch_linear
 from dibit.bench.gpu_records import (
     Bandwidth,
     Check,
@@ -32,13 +31,11 @@ from dibit.bench.gpu_records import (
     append,
     read,
 )
-from dibit.bench.gpu_sections import peer_products, until
 from dibit.bench.plot import plot
-from dibit.kernels.formats import Format, QTensor
+from dibit.kernels.formats import Format
 from dibit.kernels.triton import availability
 from dibit.server.output import write_json
 
-CPU = torch.device("cpu")
 TIMING = Timing("Llama-2-7B", 4096, 4096, 1, 4, 128, us=8.0, predicted_us=6.0, weight_bytes=8_000_000)
 ROWS: tuple[Row, ...] = (
     Check("qlinear", True, "fine"),
@@ -78,20 +75,6 @@ def test_rows_come_back_and_half_a_line_does_not(tmp_path: Path) -> None:
     assert (run.checks, run.bandwidth, run.timings, run.peers, run.decoding, run.notes) == tuple([row] for row in ROWS)
 
 
-def test_a_section_ends_when_its_time_is_up_or_with_its_error() -> None:
-    def rows(*, broken: bool) -> Iterator[Row]:
-        yield Bandwidth(1.0)
-        if broken:
-            raise RuntimeError("an illegal memory access was encountered")
-        yield Bandwidth(2.0)
-
-    late = list(until(time.monotonic() - 1, "products", rows(broken=False)))
-    assert late == [Bandwidth(1.0), Note("products", "time was up after 1 rows")]
-    broken = list(until(time.monotonic() + 60, "products", rows(broken=True)))
-    assert broken == [Bandwidth(1.0), Note("products", "RuntimeError: an illegal memory access was encountered")]
-    assert list(until(time.monotonic() + 60, "products", rows(broken=False))) == [Bandwidth(1.0), Bandwidth(2.0)]
-
-
 def test_what_a_crashed_section_found_is_kept_and_time_passes_on(tmp_path: Path) -> None:
     run, given = GpuRun("a GPU", "8.0", "2", "3"), dict[str, float]()
 
@@ -125,43 +108,8 @@ def test_a_section_that_hangs_is_killed_and_a_failing_one_noted(
     assert gpu.started(["checks"], 20.0) is None
 
 
-def timed_by(build: Callable[[QTensor], Linear], *, package: str = "torch") -> list[Row]:
-    peer = Peer(package, (Format(4, 128),), build, zero=8)
-    shapes = {"tiny": ((64, 256), (128, 128))}
-
-    def measure(calls: Sequence[Callable[[], object]]) -> float:
-        calls[0]()
-        return 5.0
-
-    return list(peer_products("other", peer, CPU, None, shapes=shapes, measure=measure))
-
-
-def test_peers_are_timed_and_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dibit.bench.gpu_sections.cold_copies", lambda nbytes: 2)
-    rows = timed_by(torch_linear)
-    assert rows[0] == PeerTiming("other", "tiny", 64, 256, 1, 4, 5.0)
-    assert len(rows) == 6
-    assert timed_by(torch_linear, package="no_such_package") == [Note("other", "no_such_package is not installed")]
-
-    def broken(w: QTensor) -> Linear:
-        raise ImportError("undefined symbol: cudaGraphs")
-
-    wanted = "tiny [64, 256] int4-g128: ImportError: undefined symbol: cudaGraphs"
-    assert timed_by(broken)[0] == Note("other", wanted)
-
-    def wrong(w: QTensor) -> Linear:
-        def run(x: Tensor) -> Tensor:
-            return torch_linear(w)(x) * 2
-
-        return run
-
-    found = timed_by(wrong)
-    assert len(found) == 2
-    assert all(isinstance(row, Note) and "WrongProduct: its result is off by 1 of" in row.text for row in found)
-
-
 def test_a_peer_gets_a_weight_it_knows_and_must_multiply_it() -> None:
-    w = random_weight(64, 256, Format(4, 128), CPU)
+    w = random_weight(64, 256, Format(4, 128))
     symmetric = PEERS["marlin"].weight(w)
     assert set(symmetric.zeros.flatten().tolist()) == {8}
     assert PEERS["gemlite"].weight(w) is w
@@ -204,7 +152,7 @@ def test_marlin_is_given_the_codes_as_gptq_packs_them(monkeypatch: pytest.Monkey
         "vllm.scalar_type": SimpleNamespace(scalar_types=SimpleNamespace(uint4b8=8)),
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
-    w = PEERS["marlin"].weight(random_weight(64, 256, Format(4, 128), CPU))
+    w = PEERS["marlin"].weight(random_weight(64, 256, Format(4, 128)))
     checked(PEERS["marlin"].build(w), w, torch.randn(3, 256, dtype=torch.float16))
 
 
@@ -251,6 +199,42 @@ def test_a_run_cut_short_still_makes_a_page(tmp_path: Path) -> None:
     results = read_results([tmp_path / "gpu.json"])
     assert gpu_charts(results.gpus) == []
     assert "killed after 200 s" in plot(results, tmp_path / "pictures")[0].read_text()
+
+
+def test_a_run_from_beginning_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "unavailable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-PCIE-40GB")
+    monkeypatch.setattr(gpu, "version", lambda package: "3.7.1")
+    passed = True
+
+    def started(arguments: Sequence[str], limit_s: float) -> str | None:
+        rows = Path(arguments[2])
+        if arguments[0] == "checks":
+            append(rows, Check("draws", passed, "as it is"))
+        if arguments[0] == "products":
+            append(rows, Bandwidth(1500.0))
+            append(rows, TIMING)
+        return "killed after 90 s" if arguments[0] == "gemlite" else None
+
+    monkeypatch.setattr(gpu, "started", started)
+    out = tmp_path / "results" / "gpu.json"
+    assert gpu.main(["--out", str(out)]) == 0
+    stored = json.loads(out.read_text())
+    assert (stored["gpu"], stored["capability"], len(stored["timings"])) == ("NVIDIA A100-PCIE-40GB", "8.0", 1)
+    assert stored["notes"] == [{"section": "gemlite", "text": "killed after 90 s"}]
+    assert (tmp_path / "results" / "gpu" / "bench.html").exists()
+    assert "gemlite  killed after 90 s" in capsys.readouterr().out
+    passed = False
+    assert gpu.main(["--out", str(out), "--checks-only"]) == 1
+    assert json.loads(out.read_text())["timings"] == []
+
+
+def test_every_section_has_its_share_and_the_shares_are_nine_minutes() -> None:
+    assert sum(gpu.SHARES_S.values()) == 540
+    assert set(PEERS) <= set(gpu.SHARES_S)
 
 
 @pytest.mark.gpu
