@@ -5,7 +5,9 @@ one. A graph is launched once. What differs from step to step is copied into fix
 host waits once, for the ids that were chosen.
 
 A graph has a fixed number of rows and a fixed width of block tables, on which the grid of attention depends. There is
-one for every `row_bucket` and `table_bucket` that has come up. Rows beyond a step's own write nothing and are not read.
+one for every `row_bucket` and `table_bucket` that has come up, and where kernels draw one more for steps in which a row
+is drawn: it searches for the bars of top_k and top_p whether a row has one or not. Rows beyond a step's own write
+nothing and are not read.
 
 Memory: graphs share one pool, as no two run at once, which memory_plan.activation_bytes counts; at most MAX_GRAPHS are
 kept.
@@ -13,17 +15,21 @@ kept.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dibit.engine.batch import Batch
 from dibit.engine.decode_rows import Decoded, DecodeRows
+from dibit.engine.device_sampling import draw_or_highest, has_kernels
 from dibit.engine.kv_cache import KVCache
 from dibit.engine.models.decoder import Decoder
 from dibit.engine.sampler import Highest
@@ -79,31 +85,43 @@ class CudaCapture:
 
 
 class _Buffers:
-    """The numbers of a step on the host and on the device, in the same order, so that two copies bring all of them.
+    """The numbers of a step on the host and on the device, in the same order, so that two copies bring all of them:
+    its batch, and how rows are drawn (`settings`, as device_sampling.draw_or_highest takes them).
 
     Every column starts at a multiple of 16 bytes where it can: kernels are compiled once more for one that does not.
     """
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
-        self._host_long = torch.zeros(3, rows + rows % 2, dtype=torch.int64, pin_memory=pinned)
+        self._rows = rows
+        column = rows + rows % 2
+        self._host_long = torch.zeros(3 * column + 5 * rows, dtype=torch.int64, pin_memory=pinned)
         self._host_int = torch.zeros(rows * (1 + width), dtype=torch.int32, pin_memory=pinned)
         self._long = torch.zeros_like(self._host_long, device=device)
         self._int = torch.zeros_like(self._host_int, device=device)
+        columns, self.settings = self._parts(self._long)
         self.batch = Batch(
-            tokens=self._long[0, :rows],
-            positions=self._long[1, :rows],
-            slots=self._long[2, :rows],
+            tokens=columns[0],
+            positions=columns[1],
+            slots=columns[2],
             cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device),
             seq_lens=self._int[rows * width :],
             block_tables=self._int[: rows * width].view(rows, width),
         )
 
-    def fill(self, numbers: Batch) -> None:
+    def _parts(self, long: Tensor) -> tuple[Tensor, Tensor]:
+        """[3, rows] int64 and [5, rows] float64."""
+        column = self._rows + self._rows % 2
+        return long[: 3 * column].view(3, column)[:, : self._rows], long[3 * column :].view(torch.float64).view(5, -1)
+
+    def fill(self, numbers: Batch, settings: NDArray[np.float64] | None) -> None:
         """Starts the copy of a step's numbers; block tables may be wider than here."""
         rows, width = self.batch.block_tables.shape
-        for place, column in zip(self._host_long, (numbers.tokens, numbers.positions, numbers.slots), strict=True):
-            place[:rows].copy_(column)
+        columns, places = self._parts(self._host_long)
+        for place, column in zip(columns, (numbers.tokens, numbers.positions, numbers.slots), strict=True):
+            place.copy_(column)
+        if settings is not None:
+            places.copy_(torch.from_numpy(settings))
         self._host_int[: rows * width].view(rows, width).copy_(numbers.block_tables[:, :width])
         self._host_int[rows * width :].copy_(numbers.seq_lens)
         self._long.copy_(self._host_long, non_blocking=True)
@@ -111,32 +129,39 @@ class _Buffers:
 
 
 class _Results:
-    """What steps come to, of all graphs in the same memory: logits [R, V] float32 on the device, ids [R] int64 and
-    peaks [R] float32 there and on the host."""
+    """What steps come to, of all graphs in the same memory: logits [R, V] float32 on the device; there and on the host
+    the highest scores' ids [R] int64 and peaks [R] float32 and, where rows were drawn, the drawn ids [R] int64."""
 
     def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self.logits = torch.empty(rows, vocab, dtype=torch.float32, device=device)
-        self._ids = torch.empty(rows, dtype=torch.int64, device=device)
-        self._peaks = torch.empty(rows, dtype=torch.float32, device=device)
-        self._host_ids = torch.empty(rows, dtype=torch.int64, pin_memory=pinned)
-        self._host_peaks = torch.empty(rows, dtype=torch.float32, pin_memory=pinned)
+        # Side by side, so that one copy brings them.
+        self._found = torch.empty(3, rows, dtype=torch.int64, device=device)
+        self._host_found = torch.empty(3, rows, dtype=torch.int64, pin_memory=pinned)
         self._done = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
 
-    def keep(self, logits: Tensor, ids: Tensor, peaks: Tensor) -> None:
+    def keep(self, logits: Tensor, ids: Tensor, peaks: Tensor, drawn: Tensor | None) -> None:
         rows = logits.shape[0]
         self.logits[:rows].copy_(logits)
-        self._ids[:rows].copy_(ids)
-        self._peaks[:rows].copy_(peaks)
+        places, heights, draws = _parts_found(self._found)
+        places[:rows].copy_(ids)
+        heights[:rows].copy_(peaks)
+        if drawn is not None:
+            draws[:rows].copy_(drawn)
 
-    def fetch(self, count: int) -> Decoded:
+    def fetch(self, count: int, *, drawn: bool) -> Decoded:
         """Waits for the first `count` rows."""
-        self._host_ids[:count].copy_(self._ids[:count], non_blocking=True)
-        self._host_peaks[:count].copy_(self._peaks[:count], non_blocking=True)
+        self._host_found.copy_(self._found, non_blocking=True)
         if self._done is not None:
             self._done.record()
             self._done.synchronize()
-        return Decoded(self.logits[:count], Highest(self._host_ids[:count].numpy(), self._host_peaks[:count].numpy()))
+        ids, peaks, draws = (part[:count].numpy() for part in _parts_found(self._host_found))
+        return Decoded(self.logits[:count], Highest(ids, peaks, draws.data if drawn else None))
+
+
+def _parts_found(found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, peaks and drawn ids of what `_Results` keeps."""
+    return found[0], found[1].view(torch.float32)[: found.shape[1]], found[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +198,8 @@ class DecodeGraphs:
         self._cos, self._sin = cos, sin
         self._capture = capture
         self._results = _Results(self.rows.max_rows, decoder.sizes.vocab, decoder.device)
-        self._captured: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
+        self._draws = has_kernels(decoder.device, vocab=decoder.sizes.vocab)
+        self._captured: OrderedDict[tuple[int, int, bool], _Captured] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -184,43 +210,48 @@ class DecodeGraphs:
         rows = row_bucket(count)
         self.rows.pad(count, rows)
         width = table_bucket(self.rows.longest(count), block_size=self.cache.block_size, width=self.rows.width)
-        return self._run(count, rows, width)
+        return self._run(count, rows, width, self.rows.draw_settings(rows) if self._draws else None)
 
     def warm_up(self) -> int:
         """Captures the graphs of short sequences, so that no request waits for one. How many there are."""
         width = table_bucket(1, block_size=self.cache.block_size, width=self.rows.width)
         # The largest first: what it takes from the pool is enough for the others.
         for rows in sorted({row_bucket(count) for count in range(1, self.max_rows + 1)}, reverse=True):
-            if self.refusal is None:
-                self.rows.pad(0, rows)
-                self._run(0, rows, width)
+            for settings in (np.zeros((5, rows)), None) if self._draws else (None,):
+                if self.refusal is None:
+                    self.rows.pad(0, rows)
+                    self._run(0, rows, width, settings)
         return len(self)
 
     @torch.inference_mode()
-    def _run(self, count: int, rows: int, width: int) -> Decoded:
-        captured = self._captured.get((rows, width))
+    def _run(self, count: int, rows: int, width: int, settings: NDArray[np.float64] | None) -> Decoded:
+        draws = settings is not None
+        captured = self._captured.get((rows, width, draws))
         numbers = self.rows.batch(rows)
         started_s = time.perf_counter()
         if captured is None:
             buffers = _Buffers(rows, width, self.decoder.device)
-            buffers.fill(numbers)
+            buffers.fill(numbers, settings)
+            compute = functools.partial(self._compute, buffers.batch, buffers.settings if draws else None)
             try:
-                captured = _Captured(self._capture(lambda: self._compute(buffers.batch)), buffers)
+                captured = _Captured(self._capture(compute), buffers)
             except RuntimeError as error:
                 self.refusal = f"{type(error).__name__}: {error}"
-                self._compute(buffers.batch)
-                return self._results.fetch(count)
-            self._captured[rows, width] = captured
+                compute()
+                return self._results.fetch(count, drawn=draws)
+            self._captured[rows, width, draws] = captured
             if len(self._captured) > MAX_GRAPHS:
                 self._captured.popitem(last=False)
         else:
-            self._captured.move_to_end((rows, width))
-            captured.buffers.fill(numbers)
+            self._captured.move_to_end((rows, width, draws))
+            captured.buffers.fill(numbers, settings)
         captured.replay()
-        decoded = self._results.fetch(count)
+        decoded = self._results.fetch(count, drawn=draws)
         self.replay_s += time.perf_counter() - started_s
         return decoded
 
-    def _compute(self, batch: Batch) -> None:
+    def _compute(self, batch: Batch, settings: Tensor | None) -> None:
         logits = self.decoder.logits(self.decoder.hidden(batch, self.cache, self._cos, self._sin))
-        self._results.keep(logits, *self.decoder.ops.argmax(logits))
+        ids, peaks = self.decoder.ops.argmax(logits)
+        drawn = None if settings is None else draw_or_highest(logits, settings, ids=ids, peaks=peaks)
+        self._results.keep(logits, ids, peaks, drawn)

@@ -12,14 +12,18 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dibit.engine.batch import Batch
+from dibit.engine.draw import LEAST_TEMPERATURE, uniform
 from dibit.engine.request import Request
 from dibit.engine.sampler import Highest, prepare_draw
 from dibit.engine.step import Chunk
-from dibit.kernels.sampling_cpu import Draws
+from dibit.kernels import native
+from dibit.kernels.sampling_cpu import Draws, uniforms
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,8 @@ class DecodeRows:
         """One of several rows of a request, which another step may give to another one."""
         self._drawing[row] = None
         ahead = position + 1 - chunk.stop
-        if ahead < 0 or chunk.odds:
+        judged = bool(chunk.odds) and ahead < len(chunk.drafts)
+        if ahead < 0 or judged:
             self.draws.greedy(row)
         else:
             prepare_draw(self.draws, row, chunk.request, ahead=ahead)
@@ -98,6 +103,21 @@ class DecodeRows:
             self._written[row] = []
             self._drawing[row] = None
             self.draws.greedy(row)
+
+    def draw_settings(self, count: int) -> NDArray[np.float64] | None:
+        """How the first `count` rows are drawn, [5, count] as device_sampling.draw_or_highest takes it; None where all
+        take the highest score."""
+        words = np.frombuffer(self.draws.words, dtype=np.uint64).reshape(-1, 5)[:count]
+        greedy = words[:, 0] != 0
+        if greedy.all():
+            return None
+        filters = np.frombuffer(self.draws.filters, dtype=np.float64).reshape(-1, 3)[:count]
+        temperature = np.where(greedy, 0.0, np.maximum(filters[:, 0], LEAST_TEMPERATURE))
+        if native.unavailable() is None:
+            numbers = np.frombuffer(uniforms(self.draws), dtype=np.float64)[:count]
+        else:
+            numbers = np.array([uniform(low | high << 64, at) for _, _, low, high, at in words.tolist()])
+        return np.stack([temperature, filters[:, 1], words[:, 1].astype(np.float64), filters[:, 2], numbers])
 
     def longest(self, count: int) -> int:
         """Keys of the longest of the first `count` rows."""

@@ -35,13 +35,28 @@ def draw(
     0 or less, min_p 0 and top_p 1 filter nothing. A row whose highest score is not finite gets any id."""
     any_k, any_p = any(k > 0 for k in top_k), any(p < 1.0 for p in top_p)
     settings = torch.tensor([temperature, min_p, top_k, top_p, numbers], dtype=torch.float64).to(scores.device)
-    rows = max(1, SLICE_BYTES // (4 * scores.shape[1]))
-    parts = zip(torch.split(scores, rows), torch.split(settings, rows, dim=1), strict=True)
-    if _has_kernels(scores):
+    slices = _slices(scores)
+    if has_kernels(scores.device, vocab=scores.shape[1]):
         from dibit.kernels.triton import sampling
 
-        return torch.cat([sampling.draw(part.contiguous(), own, top_k=any_k, top_p=any_p) for part, own in parts])
-    return torch.cat([_drawn(part, own, filtered=any_k or any_p) for part, own in parts])
+        return torch.cat(
+            [sampling.draw(scores[s].contiguous(), settings[:, s], top_k=any_k, top_p=any_p) for s in slices]
+        )
+    return torch.cat([_drawn(scores[s], settings[:, s], filtered=any_k or any_p) for s in slices])
+
+
+def draw_or_highest(scores: Tensor, settings: Tensor, *, ids: Tensor, peaks: Tensor) -> Tensor:
+    """What the next tokens of a captured step are: ids [R] int64 of scores [R, V] float32, of which `ids` [R] and
+    `peaks` [R] are the highest. settings [5, R] float64, a row's at any time: temperature, 0 for the highest score;
+    min_p, top_k, top_p and the number of `draw`. Needs the kernels; the launches are the same whatever the settings."""
+    from dibit.kernels.triton import sampling
+
+    return torch.cat(
+        [
+            sampling.draw(scores[s], settings[:, s], top_k=True, top_p=True, highest=(ids[s], peaks[s]))
+            for s in _slices(scores)
+        ]
+    )
 
 
 def warm_up(scores: Tensor) -> None:
@@ -58,12 +73,19 @@ def warm_up(scores: Tensor) -> None:
         )
 
 
-def _has_kernels(scores: Tensor) -> bool:
-    if scores.shape[1] > MAX_DRAWN_COLUMNS:
+def has_kernels(device: torch.device, *, vocab: int) -> bool:
+    """Whether the Triton kernels draw from rows of `vocab` scores on a device."""
+    if vocab > MAX_DRAWN_COLUMNS:
         return False
-    if scores.device.type == "cuda":
+    if device.type == "cuda":
         return availability.unavailable() is None
-    return scores.device.type == "cpu" and availability.interpreter_unavailable() is None
+    return device.type == "cpu" and availability.interpreter_unavailable() is None
+
+
+def _slices(scores: Tensor) -> list[slice]:
+    """Rows that are drawn from at once."""
+    rows = max(1, SLICE_BYTES // (4 * scores.shape[1]))
+    return [slice(start, start + rows) for start in range(0, scores.shape[0], rows)]
 
 
 def _drawn(scores: Tensor, settings: Tensor, *, filtered: bool) -> Tensor:

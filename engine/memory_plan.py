@@ -223,10 +223,11 @@ def _token_bytes(sizes: Sizes) -> int:
 
 
 def _graph_bytes(sizes: Sizes, config: EngineConfig, *, max_model_len: int) -> int:
-    """One decode step in the pool that CUDA graphs share, attention's partial sums included, and its logits twice."""
+    """One decode step in the pool that CUDA graphs share, attention's partial sums included, its logits twice and the
+    weights of its draws."""
     rows = config.max_num_seqs
     sums = 4 * (sizes.q_width + sizes.heads) * -(-max_model_len // SPLIT_KEYS) * min(rows, SIDE_BY_SIDE_TOKENS)
-    return _token_bytes(sizes) * rows + sums + 2 * min(LOGIT_BYTES, 4 * sizes.vocab * rows)
+    return _token_bytes(sizes) * rows + sums + 3 * min(LOGIT_BYTES, 4 * sizes.vocab * rows)
 
 
 def plan_memory(

@@ -107,9 +107,9 @@ def sample_on_device(
     are copied to the host, of the others only ids."""
     if highest is None:
         highest = _highest_on_device(logits)
-    results = _known(highest.ids, highest.peaks, requests)
+    results = _known(highest.ids if highest.drawn is None else highest.drawn, highest.peaks, requests)
     drawing = [i for i, r in enumerate(requests) if _is_undisturbed(r) and not r.params.greedy]
-    if drawing:
+    if drawing and highest.drawn is None:
         asking = [requests[i] for i in drawing]
         drawn = _drawn_on_device(logits if len(asking) == len(requests) else logits[drawing], asking)
         for i, token_id in zip(drawing, drawn, strict=True):

@@ -20,33 +20,37 @@ _WORD = (1 << 64) - 1
 
 
 class Draws:
-    """How up to `max_rows` rows are drawn. Its memory stays where it is, so that a tape may read it."""
+    """How up to `max_rows` rows are drawn. Its memory stays where it is, so that a tape may read it.
+
+    filters  [max_rows, 3]: temperature, min_p, top_p
+    words    [max_rows, 5]: 1 for the highest score or 0 for a draw, top_k, the seed's low and high word, the count
+    """
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
-        self._filters = array("d", bytes(8 * 3 * max_rows))
-        self._draws = array("Q", [1, 0, 0, 0, 0] * max_rows)
+        self.filters = array("d", bytes(8 * 3 * max_rows))
+        self.words = array("Q", [1, 0, 0, 0, 0] * max_rows)
 
     def greedy(self, row: int) -> None:
         """The row's id is that of its highest score."""
-        self._draws[5 * row] = 1
+        self.words[5 * row] = 1
 
     def draw(self, row: int, *, temperature: float, min_p: float, top_k: int, top_p: float, seed: int) -> None:
         """The row's id is drawn; top_k 0 or less, min_p 0 and top_p 1 filter nothing. The count becomes 0."""
-        self._filters[3 * row] = temperature
-        self._filters[3 * row + 1] = min_p
-        self._filters[3 * row + 2] = top_p
+        self.filters[3 * row] = temperature
+        self.filters[3 * row + 1] = min_p
+        self.filters[3 * row + 2] = top_p
         words = (0, max(0, top_k), seed & _WORD, seed >> 64 & _WORD, 0)
         for place, word in enumerate(words, start=5 * row):
-            self._draws[place] = word
+            self.words[place] = word
 
     def count(self, row: int, count: int) -> None:
         """Which number of the row's seed is used."""
-        self._draws[5 * row + 4] = count
+        self.words[5 * row + 4] = count
 
     @property
     def addresses(self) -> tuple[int, int]:
-        return self._filters.buffer_info()[0], self._draws.buffer_info()[0]
+        return self.filters.buffer_info()[0], self.words.buffer_info()[0]
 
 
 @functools.cache

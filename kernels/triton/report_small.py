@@ -265,7 +265,7 @@ def _draw_report(
         "peaks": "*fp32",
         "settings": "*fp64",
         "weights": "*i32",
-        **dict.fromkeys(("tallies", "entries", "block_sums", "ids"), "*i64"),
+        **dict.fromkeys(("tallies", "entries", "block_sums", "best", "ids"), "*i64"),
         "block_ties": "*i32",
         **dict.fromkeys(("R", "V", "BLOCKS", "STEP"), "i32"),
     }
@@ -300,7 +300,7 @@ def draw_blocks(gpu: GpuModel) -> KernelReport:
 
 def draw_token(gpu: GpuModel) -> KernelReport:
     constants = {"BLOCK": DRAW_BLOCK, "MOST_BLOCKS": 128}
-    others = ("entries", "block_sums", "block_ties", "ids", "BLOCKS")
+    others = ("entries", "block_sums", "block_ties", "best", "ids", "BLOCKS")
     blocks = -(-VOCAB // DRAW_BLOCK)
     return _draw_report(gpu, "draw: the token", draw_kernel, constants, blocks * 12 + DRAW_BLOCK * 4, *others)
 

@@ -22,12 +22,20 @@ TALLIES = 512
 STEPS = 6
 
 
-def draw(scores: Tensor, settings: Tensor, *, top_k: bool, top_p: bool) -> Tensor:
+def draw(
+    scores: Tensor,
+    settings: Tensor,
+    *,
+    top_k: bool,
+    top_p: bool,
+    highest: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Ids [R] int64 of scores [R, V] float32, V at most MAX_DRAWN_COLUMNS.
 
-    settings [5, R] float64: temperature; min_p, 0 filters nothing; top_k, 0 or less filters nothing; top_p, 1 filters
-    nothing; a number in [0, 1). `top_k` and `top_p` say whether any row has one. A row whose highest score is not
-    finite gets any id. Raises ContractError.
+    settings [5, R] float64: temperature, 0 takes the highest score; min_p, 0 filters nothing; top_k, 0 or less filters
+    nothing; top_p, 1 filters nothing; a number in [0, 1). `top_k` and `top_p` say whether any row may have one;
+    `highest` is what argmax says of the scores, where that is known. A row whose highest score is not finite gets any
+    id. Raises ContractError.
     """
     dims = Dims("draw")
     dims.check("scores", scores, "R V", (torch.float32,))
@@ -43,7 +51,7 @@ def draw(scores: Tensor, settings: Tensor, *, top_k: bool, top_p: bool) -> Tenso
     ids = torch.empty(r, dtype=torch.int64, device=scores.device)
     if r == 0:
         return ids
-    _, peaks = argmax(scores)
+    best, peaks = argmax(scores) if highest is None else highest
     blocks = triton.cdiv(v, BLOCK)
     weights = torch.empty_like(scores, dtype=torch.int32)
     tallies = torch.empty(r, 2 * STEPS, 32, dtype=torch.int64, device=scores.device)
@@ -100,6 +108,7 @@ def draw(scores: Tensor, settings: Tensor, *, top_k: bool, top_p: bool) -> Tenso
         entries,
         block_sums,
         block_ties,
+        best,
         ids,
         r,
         v,

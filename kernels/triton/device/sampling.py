@@ -179,6 +179,7 @@ def draw_kernel(
     entries,
     block_sums,
     block_ties,
+    best,
     ids,
     R,
     V,
@@ -186,8 +187,8 @@ def draw_kernel(
     BLOCK: tl.constexpr,
     MOST_BLOCKS: tl.constexpr,
 ):
-    """ids [R] int64: the token that the row's number falls to, in the order of ids. BLOCKS <= MOST_BLOCKS. Programs
-    (R)."""
+    """ids [R] int64: the token that the row's number falls to, in the order of ids, or with a temperature of 0 the one
+    in `best` [R]. BLOCKS <= MOST_BLOCKS. Programs (R)."""
     r = tl.program_id(0).to(tl.int64)
     bar = tl.load(entries + (r * ENTRIES + ENTRIES - 1) * 2)
     held_ties = tl.load(entries + (r * ENTRIES + ENTRIES - 1) * 2 + 1)
@@ -216,4 +217,5 @@ def draw_kernel(
         ),
         0,
     )
-    tl.store(ids + r, tl.minimum(block * BLOCK + place, V - 1).to(tl.int64))
+    drawn = tl.minimum(block * BLOCK + place, V - 1).to(tl.int64)
+    tl.store(ids + r, tl.where(tl.load(settings + r) > 0.0, drawn, tl.load(best + r)))

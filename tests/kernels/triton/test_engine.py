@@ -16,6 +16,7 @@ from served_steps import Repeated, serve
 from tiny_models import MemoryWeights, Paged, hf_model, make_request, quantized, token_ids, weights_of
 from torch import Tensor
 
+from dibit.engine import sampler
 from dibit.engine.config import EngineConfig, KVType
 from dibit.engine.errors import ConfigError
 from dibit.engine.loader import load_decoder
@@ -76,19 +77,30 @@ def test_rounded_activations() -> None:
     assert not torch.allclose(found[1], model.logits((model.request(ids), 0, 4)), rtol=1e-3)
 
 
-def test_decode_steps_ask_the_device_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a CUDA graph is captured from: `Repeated` fails where a value is looked at."""
+def test_decode_steps_ask_the_device_for_nothing_and_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph is captured from: `Repeated` fails where a value is looked at. A drawn row and a greedy one
+    have the tokens of steps that are not captured, and none is drawn beside the graph."""
     weights = quantized(weights_of(hf_model(tie_word_embeddings=True)), Format(4, 16))
     decoder = load_decoder(weights, config=EngineConfig(backend="triton", device="cpu", block_size=4))
 
     def requests() -> list[Request]:
-        return [make_request(token_ids(2), max_tokens=3)]
+        drawn = make_request(token_ids(2), id="drawn", max_tokens=5, temperature=1.5, top_k=40, top_p=0.95)
+        return [drawn, make_request(token_ids(3, seed=1), id="greedy", max_tokens=2)]
 
+    beside: list[int] = []
+    draw = sampler._drawn
+
+    def counted(*args: Any) -> Any:
+        beside.append(1)
+        return draw(*args)
+
+    plain = serve(decoder, requests(), monkeypatch, tape=False)
+    monkeypatch.setattr(sampler, "_drawn", counted)
     repeated = Repeated()
     graphed = serve(decoder, requests(), monkeypatch, capture=repeated)
-    plain = serve(decoder, requests(), monkeypatch, tape=False)
     assert graphed.tokens == plain.tokens
-    assert repeated.replays == graphed.runner.taped_steps == 3
+    assert repeated.replays == graphed.runner.taped_steps > 2
+    assert len(beside) <= graphed.runner.untaped_steps
 
 
 def test_planned_weights_are_those_of_the_load() -> None:
