@@ -33,8 +33,6 @@ namespace dibit {
 constexpr int kRows = 16;
 constexpr int kCell = 64;
 constexpr int kMaxBlock = 64;
-// Columns unpacked at a time for several tokens: 16 KB of cells, twice that at 8 bits, stay in L1.
-constexpr int kChunk = 1024;
 
 // Mirrored by native.QWeight in kernels/qlinear_cpu.py.
 struct QWeight {

@@ -112,9 +112,12 @@ DIBIT_INLINE void store_rows(const QWeight& w, int64_t panel, __m512 sums, const
   _mm512_mask_storeu_ps(y + first, valid, sums);
 }
 
+// Columns unpacked at a time, at most.
+constexpr int64_t kMostColumns = 512;
+
 // The scales and zeros of a chunk of one panel, shared by its tokens.
 struct ChunkMeta {
-  alignas(64) float scales[kChunk / 16][kRows], zeros[kChunk / 16][kRows];
+  alignas(64) float scales[kMostColumns / 16][kRows], zeros[kMostColumns / 16][kRows];
 };
 
 // The zero fields of a group, each in the 4 bytes of its row.

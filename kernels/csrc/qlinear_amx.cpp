@@ -33,6 +33,7 @@ constexpr int kSub = 4;
 constexpr int kInFlight = 2;
 // Columns unpacked at a time: with activations and sums of two threads they stay in L1.
 constexpr int64_t kColumns = 256;
+static_assert(kColumns <= kMostColumns);
 // With fewer tokens the vector units alone are as fast.
 constexpr int64_t kLeastTokens = 9;
 

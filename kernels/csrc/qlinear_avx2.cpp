@@ -18,6 +18,9 @@
 namespace dibit {
 namespace {
 
+// Columns unpacked at a time for several tokens: 16 KB of cells, twice that at 8 bits, stay in L1.
+constexpr int kChunk = 1024;
+
 #define DIBIT_INLINE static inline __attribute__((always_inline))
 // Unrolled bodies make gcc hoist the loads and spill.
 #define DIBIT_ROLLED _Pragma("GCC unroll 1")

@@ -19,7 +19,7 @@ namespace dibit {
 namespace {
 
 // Columns unpacked at a time for several tokens: with their activations they stay in the L1 of two threads.
-constexpr int64_t kColumns = 512;
+constexpr int64_t kColumns = kMostColumns;
 
 #define DIBIT_ROLLED _Pragma("GCC unroll 1")
 
