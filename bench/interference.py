@@ -3,7 +3,9 @@
     python -m dibit.bench.interference MODEL --prompt-len 4096 --json bench/results/interference.json
 
 Some streams decode; after a quiet while a long prompt arrives, and until its first token the gaps between the tokens
-of every stream are taken, in the engine, without HTTP. Repeats have fresh prompts. The first one is reported by itself
+of every stream are taken, in the engine, without HTTP. Meanwhile the streams get longer by as many tokens, and their
+steps with them, whether or not a prompt is beside; so a quiet while after it is taken too, and what is beside the
+prompt is compared with the mean of both. Repeats have fresh prompts. The first one is reported by itself
 too: the engine learns while it serves what prompts take (step_cost.py), and has learned nothing of long ones yet.
 """
 
@@ -51,12 +53,18 @@ class Arrival:
 
     quiet: Gaps
     beside: Gaps
+    quiet_after: Gaps
     ttft_s: float
+
+    @property
+    def quiet_ms(self) -> float:
+        """The quiet median at the streams' length beside the prompt: the mean of before and after."""
+        return (self.quiet.p50_ms + self.quiet_after.p50_ms) / 2
 
     @property
     def ratio(self) -> float:
         """The 99th percentile beside the prompt, over the quiet median."""
-        return self.beside.p99_ms / self.quiet.p50_ms
+        return self.beside.p99_ms / self.quiet_ms
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,14 @@ class InterferenceResult:
     def text(self) -> str:
         lines = [
             f"{self.machine.line()}; {self.model}\n",
-            "| arrival | quiet ITL p50 ms | p99 | beside: p50 ms | p99 | max | p99 / quiet p50 | prompt's TTFT s |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| arrival | quiet before: ITL p50 ms | p99 | beside: p50 | p99 | max | quiet after: p50 | p99 | "
+            "p99 beside / quiet p50 | prompt's TTFT s |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         lines += [
             f"| {number} | {a.quiet.p50_ms:.2f} | {a.quiet.p99_ms:.2f} | "
-            f"{a.beside.p50_ms:.2f} | {a.beside.p99_ms:.2f} | {a.beside.max_ms:.2f} | {a.ratio:.2f} | {a.ttft_s:.2f} |"
+            f"{a.beside.p50_ms:.2f} | {a.beside.p99_ms:.2f} | {a.beside.max_ms:.2f} | "
+            f"{a.quiet_after.p50_ms:.2f} | {a.quiet_after.p99_ms:.2f} | {a.ratio:.2f} | {a.ttft_s:.2f} |"
             for number, a in enumerate(self.arrivals, start=1)
         ]
         lines.append(f"\np99 beside a prompt of {self.prompt_len} tokens: {self.ratio:.2f} times the quiet median")
@@ -102,7 +112,7 @@ def measure(
     if min(streams, prompt_len, quiet_steps, repeats) < 1:
         raise ConfigError("streams, prompt-len, quiet-steps and repeats must be at least 1")
     # Enough while two tokens of a prompt go into a step.
-    length = quiet_steps + prompt_len // 2 + 32
+    length = 2 * quiet_steps + prompt_len // 2 + 32
     size = core.pool.block_size
     blocks = -(-(prompt_len + 1) // size) + streams * -(-(STREAM_PROMPT_LEN + length) // size)
     blocks += -(-blocks // 16)  # a request enters only beside some free ones
@@ -154,13 +164,16 @@ def _arrival(
             last_s[name] = now_s
         return heard
 
+    def quiet_while() -> Gaps:
+        gaps.clear()
+        for _ in range(quiet_steps):
+            step()
+        return Gaps.of(gaps)
+
     waiting = set(names)
     while waiting:
         waiting -= step()
-    gaps.clear()
-    for _ in range(quiet_steps):
-        step()
-    quiet = Gaps.of(gaps)
+    quiet = quiet_while()
     gaps.clear()
     arrived_s = clock()
     core.add_request("long", prompt(prompt_len), dataclasses.replace(greedy, max_tokens=1))
@@ -168,11 +181,12 @@ def _arrival(
         pass
     ttft_s = clock() - arrived_s
     beside = Gaps.of(gaps)
+    quiet_after = quiet_while()
     for name in names:
         core.abort(name)
     while core.has_work:
         core.step()
-    return Arrival(quiet, beside, ttft_s)
+    return Arrival(quiet, beside, quiet_after, ttft_s)
 
 
 def main() -> None:

@@ -103,6 +103,11 @@ def test_gaps_beside_a_long_prompt() -> None:
     assert unbounded[1].ttft_s < bounded[1].ttft_s
 
 
+def test_streams_that_grew_are_compared_with_streams_of_their_length() -> None:
+    before, beside, after = (Gaps(9, p50, p99, p99) for p50, p99 in ((4.0, 6.0), (12.0, 18.0), (8.0, 9.0)))
+    assert interference.Arrival(before, beside, after, ttft_s=1.0).ratio == 3.0
+
+
 def test_what_has_no_room_is_refused() -> None:
     clock = Clock()
     with pytest.raises(ConfigError, match="need a context of 3001"):
