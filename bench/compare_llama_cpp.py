@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import statistics
@@ -221,8 +222,16 @@ def main() -> None:
     parser.add_argument("--batch-prompt-len", type=int, default=32, help="of each prompt before decode")
     parser.add_argument("--gen-len", type=int, default=64)
     parser.add_argument("--batch-sizes", default="1,8,32")
+    parser.add_argument(
+        "--avx2",
+        action="store_true",
+        help="both sides as on a processor with AVX2 and nothing newer; --llama-cpp-bin has to be built so",
+    )
     parser.add_argument("--pure", action="store_true", help="llama.cpp's head in the type of the rest")
     asked = parser.parse_args()
+    if asked.avx2:
+        # Read when the library is loaded, here and in every process started from here.
+        os.environ["DIBIT_ISA"] = "avx2"
     try:
         named = asked.cases.split(",")
         if unknown := set(named) - {case.name for case in CASES}:
@@ -231,7 +240,12 @@ def main() -> None:
         tools = (
             LlamaCpp(asked.llama_cpp_bin)
             if asked.llama_cpp_bin is not None
-            else build(asked.llama_cpp_source, asked.work_dir / "llama.cpp", jobs=threads)
+            else build(
+                asked.llama_cpp_source,
+                asked.work_dir / ("llama.cpp-avx2" if asked.avx2 else "llama.cpp"),
+                jobs=threads,
+                avx2=asked.avx2,
+            )
         )
         work = Work(
             prompt_len=asked.prompt_len,

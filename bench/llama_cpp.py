@@ -23,7 +23,6 @@ from dibit.engine.errors import ConfigError
 PROGRAMS = ("llama-bench", "llama-batched-bench", "llama-quantize")
 _OPTIONS = (
     "CMAKE_BUILD_TYPE=Release",
-    "GGML_NATIVE=ON",
     "BUILD_SHARED_LIBS=OFF",
     "LLAMA_CURL=OFF",
     "LLAMA_BUILD_TESTS=OFF",
@@ -118,15 +117,17 @@ class LlamaCpp:
         return found, ran
 
 
-def build(source: Path, out: Path, *, jobs: int) -> LlamaCpp:
-    """Compile for this machine's processor; minutes to half an hour. What is built already is kept."""
+def build(source: Path, out: Path, *, jobs: int, avx2: bool = False) -> LlamaCpp:
+    """Compile for this machine's processor, or for one that has AVX2 and nothing newer; minutes to half an hour. What
+    is built already is kept."""
     if not (source / "CMakeLists.txt").is_file():
         raise ConfigError(f"{source} has no CMakeLists.txt; --llama-cpp-source names llama.cpp's own directory")
     out.mkdir(parents=True, exist_ok=True)
     header = out.absolute() / "tile_loadconfig.h"
     if not header.exists():
         header.write_text(_TILE_LOADCONFIG)
-    flags = (*_OPTIONS, f"CMAKE_CXX_FLAGS=-include {header}")
+    # Without GGML_NATIVE it is compiled for AVX2, FMA, F16C and BMI2.
+    flags = (*_OPTIONS, f"GGML_NATIVE={'OFF' if avx2 else 'ON'}", f"CMAKE_CXX_FLAGS=-include {header}")
     run(["cmake", "-S", source, "-B", out, *(f"-D{flag}" for flag in flags)], shown=True)
     run(["cmake", "--build", out, "--target", *PROGRAMS, "-j", str(jobs)], shown=True)
     return LlamaCpp(out / "bin")
