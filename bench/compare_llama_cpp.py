@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from dibit.bench.comparison import CASES, Case, Row, Turn, format_rows, rows_of
-from dibit.bench.llama_cpp import LlamaCpp, build, run, tensor_bytes
+from dibit.bench.llama_cpp import LlamaCpp, Ran, build, run, tensor_bytes
 from dibit.bench.machine import MachineFacts, machine_facts
 from dibit.bench.synthetic import write_gguf, write_low_bit
 from dibit.engine.checkpoint import resolve_model
@@ -106,11 +106,9 @@ def prepare(case: Case, directory: Path, tools: LlamaCpp, *, pure: bool) -> tupl
 
 
 def measure_dibit(case: Case, checkpoint: Path, work: Work, repeat: int) -> Turn:
-    engine = ["--head-bits", str(case.head_bits), "--threads", str(work.threads)]
-    once = [sys.executable, "-m", "dibit.bench.one_run", str(checkpoint), *engine]
-    held = run([*once, "--prompt-len", str(work.prompt_len), "--gen-len", str(work.gen_len)])
-    # After the other, so that what a start leaves for the next is there.
-    started = run([*once, "--prompt-len", "1", "--gen-len", "1"])
+    engine = _engine(case, work)
+    held = _one_run(case, checkpoint, work, prompt_len=work.prompt_len, gen_len=work.gen_len)
+    started = _one_run(case, checkpoint, work, prompt_len=1, gen_len=1)
     sizes = json.loads(held.stdout)
     [long] = _bench_decode(checkpoint, engine, work, [1], prompt_len=work.prompt_len)
     short = _bench_decode(checkpoint, engine, work, work.batch_sizes, prompt_len=work.batch_prompt_len)
@@ -130,6 +128,15 @@ def measure_dibit(case: Case, checkpoint: Path, work: Work, repeat: int) -> Turn
         tape_share=short[0]["tape_share"],
         packed_bytes=sizes["weight_bytes"] + sizes["kv_bytes"],
     )
+
+
+def _engine(case: Case, work: Work) -> list[str]:
+    return ["--head-bits", str(case.head_bits), "--threads", str(work.threads)]
+
+
+def _one_run(case: Case, checkpoint: Path, work: Work, *, prompt_len: int, gen_len: int) -> Ran:
+    lengths = ["--prompt-len", str(prompt_len), "--gen-len", str(gen_len)]
+    return run([sys.executable, "-m", "dibit.bench.one_run", str(checkpoint), *_engine(case, work), *lengths])
 
 
 def _bench_decode(
@@ -178,6 +185,9 @@ def compare(
 ) -> Comparison:
     """Takes turns and writes the file after every one, so that an interrupted run leaves what it has."""
     files = {case.name: prepare(case, directory, tools, pure=pure) for case in cases}
+    for case in cases:
+        # Packs the weights, which is in nobody's start after the first and would be in the first one's peak.
+        _one_run(case, files[case.name][0], work, prompt_len=1, gen_len=1)
     turns: list[Turn] = []
     result = _comparison(cases, tools, work, turns, pure=pure)
     for repeat in range(repeats):

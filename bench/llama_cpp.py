@@ -29,6 +29,7 @@ _OPTIONS = (
     "LLAMA_BUILD_EXAMPLES=OFF",
     "LLAMA_BUILD_SERVER=OFF",
 )
+_AVX2 = ("GGML_NATIVE=OFF", *(f"GGML_{name}=ON" for name in ("SSE42", "AVX", "AVX2", "FMA", "F16C", "BMI2")))
 # GCC (12, at least) takes `_tile_loadconfig` to read 8 bytes of its 64 and drops the stores to the rest as dead: the
 # first product with AMX then ends in a general protection fault.
 _TILE_LOADCONFIG = """#if defined(__AMX_TILE__) && defined(__GNUC__) && !defined(__clang__)
@@ -126,8 +127,7 @@ def build(source: Path, out: Path, *, jobs: int, avx2: bool = False) -> LlamaCpp
     header = out.absolute() / "tile_loadconfig.h"
     if not header.exists():
         header.write_text(_TILE_LOADCONFIG)
-    # Without GGML_NATIVE it is compiled for AVX2, FMA, F16C and BMI2.
-    flags = (*_OPTIONS, f"GGML_NATIVE={'OFF' if avx2 else 'ON'}", f"CMAKE_CXX_FLAGS=-include {header}")
+    flags = (*_OPTIONS, *(_AVX2 if avx2 else ("GGML_NATIVE=ON",)), f"CMAKE_CXX_FLAGS=-include {header}")
     run(["cmake", "-S", source, "-B", out, *(f"-D{flag}" for flag in flags)], shown=True)
     run(["cmake", "--build", out, "--target", *PROGRAMS, "-j", str(jobs)], shown=True)
     return LlamaCpp(out / "bin")
