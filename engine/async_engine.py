@@ -1,9 +1,8 @@
-"""The engine behind a thread, for callers on an asyncio event loop.
+"""The engine for callers on an asyncio event loop, wherever it runs.
 
-One thread owns the core; nothing else touches it. Commands go in through a queue that the thread empties before every
-step and sleeps on when there is nothing to do; outputs go back by `call_soon_threadsafe`, one call a step. A client
-that reads slower than the engine writes gets several tokens at once: its outputs are merged, so that what waits for
-it is bounded.
+A transport (transport.py) carries commands to the loop that owns the core and brings reports back on a thread of its
+own; from there outputs reach their readers by `call_soon_threadsafe`, one call a step. A client that reads slower than
+the engine writes gets several tokens at once: its outputs are merged, so that what waits for it is bounded.
 
 Invariant: every stream ends. Either with an output that is `finished`, or by EngineDead with the root cause, or by
 being closed, which aborts its request within a step.
@@ -12,23 +11,21 @@ being closed, which aborts its request within a step.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import queue
-import threading
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 
+from dibit.engine.admission import Admission
 from dibit.engine.config import EngineConfig, SamplingParams
-from dibit.engine.core import EngineCore, Ticket
+from dibit.engine.core_loop import STOPPED
 from dibit.engine.errors import CapacityError, EngineDead, RequestError
+from dibit.engine.messages import Abort, Outputs
 from dibit.engine.outputs import EngineStats, RequestOutput, merge
 from dibit.engine.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
+from dibit.engine.transport import Transport
 
 # Outputs that wait for a slow client before further ones are merged into the last of them.
 _MAX_PENDING = 16
@@ -39,8 +36,9 @@ _DRAIN_POLL_S = 0.02
 class _Mailbox:
     """Where the outputs of one request wait for their reader. Used on `loop` only, except for `ended`."""
 
-    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, request_id: str, stream: int, loop: asyncio.AbstractEventLoop) -> None:
         self.request_id = request_id
+        self.stream = stream
         self.loop = loop
         self.pending: deque[RequestOutput] = deque()
         self.wake = asyncio.Event()
@@ -118,84 +116,62 @@ class RequestStream:
             self._engine._forget(self._mailbox)
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
-    ticket: Ticket
-    mailbox: _Mailbox
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    """By id, with a last output to its reader; or silently, for a reader that has gone."""
-
-    request_id: str
-    gone: _Mailbox | None = None
-
-
-class _Stop:
-    pass
-
-
-_Command = _Add | _Abort | _Stop
-
-
 class AsyncEngine:
-    """`start`, `generate` and `stop`, around a core that nobody else uses.
+    """`start`, `generate` and `stop`, around an engine that nobody else uses.
 
     `generate`, `abort`, `stats` and `drain` are for event loops; `start` and `stop` for anywhere.
     """
 
-    def __init__(self, core: EngineCore, *, model_name: str = "model") -> None:
+    def __init__(self, transport: Transport, *, model_name: str = "model") -> None:
         self.model_name = model_name
-        self._core = core
-        self._max_in_flight = core.config.max_num_seqs + core.config.max_queued
-        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._in_flight: dict[str, _Mailbox] = {}  # as the callers see it
-        self._routes: dict[str, _Mailbox] = {}  # as the engine's thread sees it
-        self._stats = core.stats()
-        self._thread: threading.Thread | None = None
+        self._transport = transport
+        self._admission = Admission(transport.ready.max_model_len, transport.ready.vocab_size)
+        self._max_in_flight = transport.config.max_num_seqs + transport.config.max_queued
+        self._streams = itertools.count()
+        self._in_flight: dict[str, _Mailbox] = {}  # by request id
+        self._mailboxes: dict[int, _Mailbox] = {}  # the same by stream
+        self._stats = transport.ready.stats
+        self._started = False
         self._dead: str | None = None
         self._draining = False
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self._core.tokenizer
+        return self._transport.tokenizer
 
     @property
     def config(self) -> EngineConfig:
-        return self._core.config
+        return self._transport.config
 
     @property
     def max_model_len(self) -> int:
         """Longest sequence, prompt and output together, in tokens."""
-        return self._core.max_model_len
+        return self._admission.max_model_len
 
     @property
     def healthy(self) -> str | None:
         """None when requests are served; otherwise why not."""
         if self._dead is not None:
             return self._dead
-        return None if self._thread is not None else "the engine has not been started"
+        return None if self._started else "the engine has not been started"
 
     @property
     def draining(self) -> bool:
         return self._draining
 
     def start(self) -> None:
-        """Starts the thread; does nothing when it runs. Raises EngineDead when it has stopped."""
+        """Begins to serve; does nothing when it does already. Raises EngineDead when it has stopped."""
         if self._dead is not None:
             raise EngineDead(self._dead)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="dibit-engine", daemon=True)
-            self._thread.start()
+        if not self._started:
+            self._started = True
+            self._transport.start(self._on_outputs, self._on_end)
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Stops the thread after the step it is in; requests in flight end with EngineDead."""
-        if self._thread is None:
-            self._dead = self._dead or "the engine was stopped"
-            return
-        self._inbox.put(_Stop())
-        self._thread.join(timeout_s)
+        """Stops after the step that is under way; requests in flight end with EngineDead."""
+        if not self._started:
+            self._dead = self._dead or STOPPED
+        self._transport.stop(timeout_s)
 
     def generate(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = ""
@@ -208,7 +184,7 @@ class AsyncEngine:
             raise EngineDead(why)
         if self._draining:
             raise CapacityError("the server is shutting down; send the request elsewhere", retry_after_s=1.0)
-        ticket = self._core.prepare(request_id, prompt_ids, params, cache_salt=cache_salt)
+        add = self._admission.admit(request_id, prompt_ids, params, cache_salt=cache_salt, stream=next(self._streams))
         if len(self._in_flight) >= self._max_in_flight:
             wait_s = self.retry_after_s()
             raise CapacityError(
@@ -216,22 +192,24 @@ class AsyncEngine:
                 f"(max_num_seqs + max_queued); try again in {wait_s:.0f} s",
                 retry_after_s=wait_s,
             )
-        mailbox = _Mailbox(request_id, asyncio.get_running_loop())
+        mailbox = _Mailbox(request_id, add.stream, asyncio.get_running_loop())
         if self._in_flight.setdefault(request_id, mailbox) is not mailbox:
             raise RequestError(f"request id {request_id!r} is in use; choose another", param="request_id")
-        self._inbox.put(_Add(ticket, mailbox))
+        self._mailboxes[add.stream] = mailbox
+        self._transport.send(add)
         if self._dead is not None:
-            # The thread may have emptied the inbox for the last time between the first look and the put.
-            self._in_flight.pop(request_id, None)
+            # The end may have come between the first look and the mailbox, which then nobody buries.
+            self._remove(mailbox)
             raise EngineDead(self._dead)
         return RequestStream(self, mailbox)
 
     def abort(self, request_id: str) -> None:
         """Ends a request: its stream gets a last output with finish_reason ABORT. Unknown ids do nothing."""
-        self._inbox.put(_Abort(request_id))
+        if (mailbox := self._in_flight.get(request_id)) is not None:
+            self._transport.send(Abort(mailbox.stream))
 
     def stats(self) -> EngineStats:
-        """As of the last step, with the requests that still lie in the inbox counted as waiting."""
+        """As of the last step, with the requests that are still on their way to the engine counted as waiting."""
         stats = self._stats
         unseen = max(0, len(self._in_flight) - stats.running - stats.waiting)
         return replace(stats, waiting=stats.waiting + unseen)
@@ -261,10 +239,12 @@ class AsyncEngine:
 
     def _forget(self, mailbox: _Mailbox) -> None:
         """The reader has gone: aborts its request. Called from any thread, the garbage collector's included."""
+        # In this order: who takes the free id comes after the abort.
+        self._transport.send(Abort(mailbox.stream))
         self._remove(mailbox)
-        self._inbox.put(_Abort(mailbox.request_id, gone=mailbox))
 
     def _remove(self, mailbox: _Mailbox) -> None:
+        self._mailboxes.pop(mailbox.stream, None)
         if self._in_flight.get(mailbox.request_id) is mailbox:
             del self._in_flight[mailbox.request_id]
 
@@ -280,66 +260,26 @@ class AsyncEngine:
         self._remove(mailbox)
         mailbox.fail(error)
 
-    def _run(self) -> None:
-        """The engine's thread."""
-        why = "the engine was stopped"
-        try:
-            while self._take_commands():
-                self._route(self._core.step())
-                self._stats = self._core.stats()
-        except EngineDead as error:
-            logger.critical("%s", error)
-            why = str(error)
-        except BaseException as error:
-            logger.critical("the engine's loop failed", exc_info=error)
-            why = f"the engine has stopped: {type(error).__name__}: {error}"
-        self._dead = why
-        orphans = list(self._routes.values())
-        with contextlib.suppress(queue.Empty):
-            while True:
-                command = self._inbox.get_nowait()
-                if isinstance(command, _Add):
-                    orphans.append(command.mailbox)
-        for mailbox in orphans:
-            _call(mailbox.loop, self._bury, mailbox, EngineDead(why))
-
-    def _take_commands(self) -> bool:
-        """Carries out what is in the inbox, sleeping on it while there is no work. False to stop."""
-        while True:
-            try:
-                command = self._inbox.get_nowait()
-            except queue.Empty:
-                if self._core.has_work:
-                    return True
-                self._stats = self._core.stats()
-                command = self._inbox.get()
-            match command:
-                case _Add(ticket, mailbox):
-                    self._core.submit(ticket)
-                    self._routes[mailbox.request_id] = mailbox
-                case _Abort(request_id, None):
-                    if (output := self._core.abort(request_id)) is not None:
-                        self._route([output])
-                case _Abort(request_id, gone):
-                    if self._routes.get(request_id) is gone:
-                        del self._routes[request_id]
-                        self._core.abort(request_id)
-                case _Stop():
-                    return False
-
-    def _route(self, outputs: list[RequestOutput]) -> None:
-        """Sends outputs to the event loops of their readers, one call for each loop."""
+    def _on_outputs(self, outputs: Outputs) -> None:
+        """On the transport's thread: sends outputs to the event loops of their readers, one call for each loop."""
+        # First, so that whoever has read an output finds it in the figures.
+        self._stats = outputs.stats
         news: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, RequestOutput]]] = {}
-        for output in outputs:
-            mailbox = self._routes[output.request_id]
-            if output.finished:
-                del self._routes[output.request_id]
-            news.setdefault(mailbox.loop, []).append((mailbox, output))
+        for stream, output in outputs.news:
+            # None when its reader has gone.
+            if (mailbox := self._mailboxes.get(stream)) is not None:
+                news.setdefault(mailbox.loop, []).append((mailbox, output))
         for loop, batch in news.items():
             if not _call(loop, self._deliver, batch):
                 for mailbox, _ in batch:
                     mailbox.ended = True
                     self._forget(mailbox)
+
+    def _on_end(self, why: str) -> None:
+        """On the transport's thread."""
+        self._dead = why
+        for mailbox in list(self._mailboxes.values()):
+            _call(mailbox.loop, self._bury, mailbox, EngineDead(why))
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> bool:

@@ -14,6 +14,7 @@ from dibit.engine.async_engine import AsyncEngine
 from dibit.engine.config import EngineConfig
 from dibit.engine.core import EngineCore
 from dibit.engine.errors import ConfigError
+from dibit.engine.transport import ThreadTransport
 
 if TYPE_CHECKING:
     from dibit.engine.checkpoint import Checkpoint
@@ -145,4 +146,4 @@ def build_engine(model: str | Path, config: EngineConfig, *, model_name: str | N
     """`build_core` behind a thread that is not started yet. Callers are told `model_name` (by default the
     name of the directory or file, or the Hub id)."""
     default = Path(model).name if Path(model).exists() else str(model)
-    return AsyncEngine(build_core(model, config), model_name=model_name or default)
+    return AsyncEngine(ThreadTransport(build_core(model, config)), model_name=model_name or default)

@@ -16,6 +16,7 @@ GPTQZero = Literal["auto", "v1", "v2"]
 Speculative = Literal["off", "ngram", "draft"]
 KVType = Literal["auto", "float32", "float16", "bfloat16", "int8", "k8v4", "int4"]
 
+
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 
@@ -138,10 +139,10 @@ class SamplingParams:
 
     Order of application: logit_bias, repetition/presence/frequency penalties, temperature, min_p, top_k, top_p, draw.
     temperature 0 is greedy. top_k 0 (or -1) and top_p 1 and min_p 0 switch a filter off. The same seed gives the
-    same tokens whatever else is in the batch; seed None draws one per request. `logprobs` asks for the chosen
-    token's log-probability and that many alternatives (0: the chosen one only), of the model's distribution before
-    any of the above; `prompt_logprobs` likewise for every prompt token but the first. `stop` strings are not
-    part of the text unless include_stop_str_in_output.
+    same tokens whatever else is in the batch; it has 64 bits, signed or not; None draws one per request. `logprobs`
+    asks for the chosen token's log-probability and that many alternatives (0: the chosen one only), of the model's
+    distribution before any of the above; `prompt_logprobs` likewise for every prompt token but the first. `stop`
+    strings are not part of the text unless include_stop_str_in_output.
     """
 
     max_tokens: int | None = None
@@ -170,11 +171,13 @@ class SamplingParams:
         _within("min_tokens", self.min_tokens, low=0)
         _within("temperature", self.temperature, low=0.0, high=100.0)
         _within("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
-        _within("top_k", self.top_k, low=-1)
+        _within("top_k", self.top_k, low=-1, high=2**63 - 1)
         _within("min_p", self.min_p, low=0.0, high=1.0)
         _within("repetition_penalty", self.repetition_penalty, low=0.0, open_low=True)
         _within("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
         _within("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        if self.seed is not None:
+            _within("seed", self.seed, low=-(2**63), high=2**64 - 1)
         for token, bias in self.logit_bias.items():
             _within(f"logit_bias[{token}]", bias, low=-100.0, high=100.0, param="logit_bias")
         for name in ("logprobs", "prompt_logprobs"):

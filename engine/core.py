@@ -9,20 +9,20 @@ EngineDead with its cause, now and on every later call.
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dibit.engine import isolation
+from dibit.engine.admission import Admission
 from dibit.engine.blocks import BlockPool
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.detokenizer import IncrementalDetokenizer
-from dibit.engine.errors import ContextLengthError, EngineDead, RequestError
+from dibit.engine.errors import EngineDead, RequestError
 from dibit.engine.isolation import describe
+from dibit.engine.messages import Add
 from dibit.engine.outputs import EngineStats, RequestOutput
 from dibit.engine.request import FinishReason, Request, TokenLogprob
-from dibit.engine.sampler import validate
 from dibit.engine.scheduler import Advance, Scheduler
 from dibit.engine.speculation import Drafter
 from dibit.engine.step import Chunk, Runner, Sampled, Step, StepResult
@@ -36,8 +36,8 @@ _RATE_SMOOTHING = 0.3
 
 
 @dataclass(eq=False, slots=True)
-class Ticket:
-    """A checked request, ready for `submit`, and what the core remembers of it."""
+class _Ticket:
+    """A request in the core, and what is remembered of it."""
 
     request: Request
     detokenizer: IncrementalDetokenizer
@@ -46,7 +46,7 @@ class Ticket:
 
 
 class EngineCore:
-    """Scheduler, runner and tokenizer at work. `prepare` may be called from any thread, the rest from one.
+    """Scheduler, runner and tokenizer at work. Used by one thread.
 
     drafter  what guesses tokens ahead (None: what the settings name)
     clock  seconds, from anywhere; steps are timed by it, and what they take decides how many tokens of prompts go into
@@ -69,8 +69,9 @@ class EngineCore:
         self.pool = BlockPool(runner.num_blocks, runner.block_size)
         self.scheduler = Scheduler(self.pool, config, num_layers=runner.num_layers, drafter=drafter)
         self.max_model_len = min(runner.max_model_len, runner.num_blocks * runner.block_size)
+        self.admission = Admission(self.max_model_len, tokenizer.vocab_size)
         self.dead: str | None = None
-        self._tickets: dict[str, Ticket] = {}
+        self._tickets: dict[str, _Ticket] = {}
         self._total_failures = 0
         self._prefill_tok_s = 0.0
         self._prompt_tokens = self._generation_tokens = self._steps = 0
@@ -82,58 +83,27 @@ class EngineCore:
 
     def prepare(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = ""
-    ) -> Ticket:
-        """Checks a request against the model and makes it ready for `submit`.
+    ) -> Add:
+        """A request for `submit`, checked. Raises RequestError (ContextLengthError when it can never fit)."""
+        return self.admission.admit(request_id, prompt_ids, params, cache_salt=cache_salt)
 
-        Raises RequestError (ContextLengthError when it can never fit).
-        """
-        prompt = tuple(prompt_ids)
-        limit, vocab = self.max_model_len, self.tokenizer.vocab_size
-        if not prompt:
-            raise RequestError("the prompt is empty: it has no tokens; send at least one", param="prompt")
-        validate(params, vocab)
-        if params.max_tokens is None:
-            max_tokens = limit - len(prompt)
-            fits = max_tokens >= 1
-            asked = f"the prompt has {len(prompt)} tokens, and at least one is to be generated"
-        else:
-            max_tokens = params.max_tokens
-            fits = len(prompt) + max_tokens <= limit
-            asked = f"{len(prompt) + max_tokens} were requested ({len(prompt)} in the prompt, {max_tokens} to generate)"
-        if not fits:
-            raise ContextLengthError(
-                f"the context length is {limit} tokens; {asked}. Shorten the prompt or lower max_tokens"
-            )
-        unknown = next((i for i in prompt if not 0 <= i < vocab), None)
-        if unknown is not None:
-            raise RequestError(
-                f"the prompt has the token id {unknown}; this model's ids are 0 to {vocab - 1}", param="prompt"
-            )
-        if params.min_tokens > max_tokens:
-            raise RequestError(
-                f"min_tokens is {params.min_tokens}, and only {max_tokens} tokens fit after the prompt",
-                param="min_tokens",
-            )
+    def submit(self, add: Add) -> None:
+        """Queues an admitted request. Raises RequestError when its id is in use."""
+        self._raise_if_dead()
+        if add.request_id in self._tickets:
+            raise RequestError(f"request id {add.request_id!r} is in use; choose another", param="request_id")
         request = Request(
-            id=request_id,
-            prompt_ids=prompt,
-            params=params,
-            max_tokens=max_tokens,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            eos_ids=frozenset() if params.ignore_eos else self.tokenizer.eos_ids,
-            cache_salt=cache_salt,
+            id=add.request_id,
+            prompt_ids=add.prompt_ids,
+            params=add.params,
+            max_tokens=add.max_tokens,
+            seed=add.seed,
+            eos_ids=frozenset() if add.params.ignore_eos else self.tokenizer.eos_ids,
+            cache_salt=add.cache_salt,
             arrival_s=time.monotonic(),
         )
-        return Ticket(request, self._detokenizer(request))
-
-    def submit(self, ticket: Ticket) -> None:
-        """Queues a prepared request. Raises RequestError when its id is in use."""
-        self._raise_if_dead()
-        request_id = ticket.request.id
-        if request_id in self._tickets:
-            raise RequestError(f"request id {request_id!r} is in use; choose another", param="request_id")
-        self._tickets[request_id] = ticket
-        self.scheduler.add(ticket.request)
+        self._tickets[request.id] = _Ticket(request, self._detokenizer(request))
+        self.scheduler.add(request)
 
     def add_request(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = ""
@@ -204,7 +174,7 @@ class EngineCore:
         )
 
     def _advance(
-        self, ticket: Ticket, advance: Advance, prompt_logprobs: tuple[TokenLogprob, ...]
+        self, ticket: _Ticket, advance: Advance, prompt_logprobs: tuple[TokenLogprob, ...]
     ) -> RequestOutput | None:
         """Books what a step brought a request: its output, ended by the first stop condition that holds."""
         request, params = ticket.request, ticket.request.params
@@ -228,7 +198,7 @@ class EngineCore:
             return None
         return self._say(ticket, advance.sampled, scored)
 
-    def _advance_further(self, ticket: Ticket, further: tuple[Sampled, ...]) -> list[RequestOutput]:
+    def _advance_further(self, ticket: _Ticket, further: tuple[Sampled, ...]) -> list[RequestOutput]:
         """Books the tokens that came of drafts, up to the one that ends the request."""
         outputs: list[RequestOutput] = []
         for sampled in further:
@@ -242,7 +212,7 @@ class EngineCore:
                 return outputs
         return outputs
 
-    def _say(self, ticket: Ticket, sampled: Sampled, scored: tuple[TokenLogprob, ...] | None = None) -> RequestOutput:
+    def _say(self, ticket: _Ticket, sampled: Sampled, scored: tuple[TokenLogprob, ...] | None = None) -> RequestOutput:
         """The output of a new token, the last one of its request."""
         self._generation_tokens += 1
         logprobs = None if sampled.logprob is None else (sampled.logprob,)
@@ -252,7 +222,7 @@ class EngineCore:
             return self._output(ticket, text=text, token_ids=ids, logprobs=logprobs, prompt_logprobs=scored)
         return self._end(ticket, reason, text=text, token_ids=ids, logprobs=logprobs, prompt_logprobs=scored)
 
-    def _check_stop(self, ticket: Ticket, token: int) -> tuple[FinishReason | None, str]:
+    def _check_stop(self, ticket: _Ticket, token: int) -> tuple[FinishReason | None, str]:
         """Whether a request ends with its new token, and the text that became certain."""
         request, params = ticket.request, ticket.request.params
         if request.num_output >= params.min_tokens and (token in request.eos_ids or token in params.stop_token_ids):
@@ -328,12 +298,12 @@ class EngineCore:
             last = self._prefill_tok_s or rate
             self._prefill_tok_s = last + _RATE_SMOOTHING * (rate - last)
 
-    def _fail(self, ticket: Ticket, error: str) -> RequestOutput:
+    def _fail(self, ticket: _Ticket, error: str) -> RequestOutput:
         return self._end(ticket, FinishReason.ERROR, error=error)
 
     def _end(
         self,
-        ticket: Ticket,
+        ticket: _Ticket,
         reason: FinishReason,
         *,
         text: str = "",
@@ -355,7 +325,7 @@ class EngineCore:
 
     def _output(
         self,
-        ticket: Ticket,
+        ticket: _Ticket,
         *,
         text: str,
         token_ids: tuple[int, ...],

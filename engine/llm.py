@@ -17,8 +17,9 @@ from types import TracebackType
 from typing import Any, TypeGuard
 
 from dibit.engine.config import EngineConfig, SamplingParams
-from dibit.engine.core import EngineCore, Ticket
+from dibit.engine.core import EngineCore
 from dibit.engine.errors import ConfigError, EngineDead, EngineFault, RequestError
+from dibit.engine.messages import Add
 from dibit.engine.outputs import Completion, RequestOutput
 from dibit.engine.tokenizer import Tokenizer
 
@@ -95,12 +96,12 @@ class LLM:
             raise RequestError(
                 f"{len(batch)} prompts and {len(each)} SamplingParams; give one for all, or one for each"
             )
-        tickets = [self.core.prepare(self._next_id(), self._encode(p), s) for p, s in zip(batch, each, strict=True)]
-        ids = [ticket.request.id for ticket in tickets]
+        adds = [self.core.prepare(self._next_id(), self._encode(p), s) for p, s in zip(batch, each, strict=True)]
+        ids = [add.request_id for add in adds]
         try:
-            for ticket in tickets:
-                self.core.submit(ticket)
-                self._news[ticket.request.id] = []
+            for add in adds:
+                self.core.submit(add)
+                self._news[add.request_id] = []
             for request_id in ids:
                 while not (self._news[request_id] and self._news[request_id][-1].finished):
                     self._step()
@@ -119,8 +120,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """The outputs of one request as they come; the last has `finished` set. RequestError is raised at once."""
-        ticket = self.core.prepare(self._next_id(), self._encode(prompt), params or SamplingParams())
-        return self._read(ticket)
+        return self._read(self.core.prepare(self._next_id(), self._encode(prompt), params or SamplingParams()))
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability (natural) of every token but the first, given those before it.
@@ -145,9 +145,9 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _read(self, ticket: Ticket) -> Iterator[RequestOutput]:
-        request_id = ticket.request.id
-        self.core.submit(ticket)
+    def _read(self, add: Add) -> Iterator[RequestOutput]:
+        request_id = add.request_id
+        self.core.submit(add)
         self._news[request_id] = []
         try:
             while True:

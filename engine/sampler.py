@@ -27,9 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dibit.engine.config import SamplingParams
 from dibit.engine.draw import LEAST_TEMPERATURE, Floats, Ids, highest_and_more, kept, place, uniform
-from dibit.engine.errors import EngineFault, RequestError
+from dibit.engine.errors import EngineFault
 from dibit.engine.request import Request, TokenLogprob
 from dibit.engine.step import Sampled
 
@@ -53,16 +52,6 @@ class Highest:
     def of(self, rows: slice) -> Highest:
         """That of some of the rows."""
         return Highest(self.ids[rows], self.peaks[rows], None if self.drawn is None else self.drawn[rows])
-
-
-def validate(params: SamplingParams, vocab_size: int) -> None:
-    """Refuse token ids the model does not have: RequestError."""
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-        for token_id in ids:
-            if not 0 <= token_id < vocab_size:
-                raise RequestError(
-                    f"{name} has the token id {token_id}; this model's ids are 0 to {vocab_size - 1}", param=name
-                )
 
 
 def sample(logits: Tensor, requests: Sequence[Request], *, highest: Highest | None = None) -> list[Sampled | Exception]:

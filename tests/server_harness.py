@@ -14,6 +14,7 @@ import httpx
 import openai
 
 from dibit.engine.async_engine import AsyncEngine
+from dibit.engine.transport import ThreadTransport
 from dibit.server.app import create_app
 from dibit.server.lifecycle import Server, bind_socket
 from fakes import FakeRunner, fake_core
@@ -60,7 +61,7 @@ def serving(
 ) -> Iterator[Live]:
     """`engine` are EngineConfig fields, the rest arguments of create_app."""
     runner = runner or FakeRunner(num_blocks=1024, max_model_len=256)
-    async_engine = AsyncEngine(fake_core(runner, **(engine or {})), model_name=MODEL)
+    async_engine = AsyncEngine(ThreadTransport(fake_core(runner, **(engine or {}))), model_name=MODEL)
     sock = bind_socket("127.0.0.1", 0)
     sock.listen(512)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -17,6 +17,7 @@ from dibit.engine.errors import CapacityError, ContextLengthError, EngineDead, R
 from dibit.engine.outputs import RequestOutput, merge
 from dibit.engine.request import FinishReason
 from dibit.engine.step import Step
+from dibit.engine.transport import ThreadTransport
 from fakes import FakeRunner, fake_core, solo_tokens
 
 
@@ -26,7 +27,12 @@ def greedy(max_tokens: int = 6) -> SamplingParams:
 
 @asynccontextmanager
 async def engine_over(runner: FakeRunner | None = None, **settings: Any) -> AsyncIterator[AsyncEngine]:
-    engine = AsyncEngine(fake_core(runner, **settings), model_name="fake")
+    async with started(AsyncEngine(ThreadTransport(fake_core(runner, **settings)), model_name="fake")) as engine:
+        yield engine
+
+
+@asynccontextmanager
+async def started(engine: AsyncEngine) -> AsyncIterator[AsyncEngine]:
     engine.start()
     try:
         yield engine
@@ -271,8 +277,9 @@ def test_when_the_engine_dies_everyone_learns_why() -> None:
 
 def test_a_fault_of_the_loop_itself_is_told_too() -> None:
     async def test() -> None:
-        async with engine_over() as engine:
-            engine._core.scheduler.schedule = None  # type: ignore[assignment,method-assign]
+        core = fake_core()
+        core.scheduler.schedule = None  # type: ignore[assignment,method-assign]
+        async with started(AsyncEngine(ThreadTransport(core))) as engine:
             with pytest.raises(EngineDead, match="TypeError"):
                 await read(engine.generate("a", [1], greedy()))
 
@@ -323,7 +330,7 @@ def test_stop_ends_streams_and_the_thread() -> None:
 
 def test_an_engine_that_was_not_started_says_so() -> None:
     async def test() -> None:
-        engine = AsyncEngine(fake_core())
+        engine = AsyncEngine(ThreadTransport(fake_core()))
         assert engine.healthy == "the engine has not been started"
         with pytest.raises(EngineDead, match="not been started"):
             engine.generate("a", [1], greedy())
@@ -335,7 +342,7 @@ def test_an_engine_that_was_not_started_says_so() -> None:
 
 
 def test_a_reader_whose_event_loop_is_gone_holds_nothing() -> None:
-    engine = AsyncEngine(fake_core(FakeRunner(step_delay_s=0.001)))
+    engine = AsyncEngine(ThreadTransport(fake_core(FakeRunner(step_delay_s=0.001))))
     engine.start()
     kept: list[RequestStream] = []
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from dibit.engine import sampler
 from dibit.engine.config import SamplingParams
 from dibit.engine.draw import kept, uniform
-from dibit.engine.errors import EngineFault, RequestError
+from dibit.engine.errors import EngineFault
 from dibit.engine.request import Request, TokenLogprob
-from dibit.engine.sampler import _highest_on_device, _known, prompt_logprobs, sample, validate
+from dibit.engine.sampler import _highest_on_device, _known, prompt_logprobs, sample
 from dibit.engine.step import Sampled
 from dibit.kernels import native
 
@@ -291,19 +291,3 @@ def test_broken_prompt_logits_are_refused() -> None:
     logits[1, 1] = math.nan
     with pytest.raises(EngineFault, match=r"row 1 .*NaN"):
         prompt_logprobs(logits, [0, 0, 0], 0)
-
-
-@pytest.mark.parametrize(
-    ("params", "param"),
-    [
-        ({"logit_bias": {10: 1.0}}, "logit_bias"),
-        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
-        ({"stop_token_ids": [3, 10]}, "stop_token_ids"),
-    ],
-    ids=str,
-)
-def test_ids_outside_the_vocabulary_are_refused(params: dict[str, Any], param: str) -> None:
-    with pytest.raises(RequestError, match="0 to 9") as caught:
-        validate(SamplingParams(**params), 10)
-    assert caught.value.param == param
-    validate(SamplingParams(logit_bias={0: 1.0, 9: 1.0}, stop_token_ids=[0, 9]), 10)

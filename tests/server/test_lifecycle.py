@@ -194,12 +194,14 @@ import logging, sys
 sys.path.insert(0, {str(TESTS)!r})
 from fakes import FakeRunner, fake_core
 from dibit.engine.async_engine import AsyncEngine
+from dibit.engine.transport import ThreadTransport
 from dibit.server.lifecycle import ServerSettings, bind_socket, serve
 logging.basicConfig(level=logging.INFO)
 sock = bind_socket("127.0.0.1", 0)
 print(sock.getsockname()[1], flush=True)
 runner = FakeRunner(num_blocks=8192, max_model_len=4096, step_delay_s=0.01)
-serve(AsyncEngine(fake_core(runner), model_name="org/fake"), ServerSettings(drain_timeout_s=20), sock=sock)
+engine = AsyncEngine(ThreadTransport(fake_core(runner)), model_name="org/fake")
+serve(engine, ServerSettings(drain_timeout_s=20), sock=sock)
 print("left", flush=True)
 """
 
