@@ -196,7 +196,11 @@ class AsyncEngine:
         if self._in_flight.setdefault(request_id, mailbox) is not mailbox:
             raise RequestError(f"request id {request_id!r} is in use; choose another", param="request_id")
         self._mailboxes[add.stream] = mailbox
-        self._transport.send(add)
+        try:
+            self._transport.send(add)
+        except BaseException:
+            self._remove(mailbox)
+            raise
         if self._dead is not None:
             # The end may have come between the first look and the mailbox, which then nobody buries.
             self._remove(mailbox)

@@ -14,8 +14,11 @@ Device = Literal["auto", "cpu", "cuda"]
 BackendName = Literal["auto", "cpu", "triton", "reference"]
 GPTQZero = Literal["auto", "v1", "v2"]
 Speculative = Literal["off", "ngram", "draft"]
+TransportName = Literal["auto", "thread", "process"]
 KVType = Literal["auto", "float32", "float16", "bfloat16", "int8", "k8v4", "int4"]
 
+# A line of the log, in every process.
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16

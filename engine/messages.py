@@ -10,6 +10,7 @@ Everything here, and every value inside, can be written as MessagePack: https://
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 
 from dibit.engine.config import EngineConfig, SamplingParams
 from dibit.engine.errors import CheckpointError, ConfigError, EngineDead
@@ -101,3 +102,15 @@ class Launch(msgspec.Struct, frozen=True):
 
 Command = Add | Abort | Stop
 Report = Ready | Outputs | Failed
+
+
+def encode(message: Command | Report) -> bytes:
+    """As MessagePack. Raises TypeError for values that are no plain ones."""
+    return msgspec.msgpack.encode(message, enc_hook=_plain)
+
+
+def _plain(value: object) -> object:
+    """numpy's numbers as Python's: callers have token ids in arrays."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is a {type(value).__name__}, which no message carries")

@@ -41,8 +41,8 @@ class Transport(Protocol):
         ...
 
     def send(self, command: Command) -> None:
-        """Never waits, and may be called from any thread, the garbage collector's calls included. What is sent after
-        the end is lost."""
+        """Never waits, and may be called from any thread, by the garbage collector too. What is sent after the end is
+        lost. Raises TypeError for values that no message carries."""
         ...
 
     def stop(self, timeout_s: float | None = None) -> None:

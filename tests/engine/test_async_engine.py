@@ -1,28 +1,38 @@
-"""AsyncEngine over a fake core: streams, aborts, back-pressure, draining, death."""
+"""AsyncEngine over a fake core, on a thread and in a process: streams, aborts, back-pressure, draining, death."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
+from engine_factory import launched, threaded
+from streams import greedy, idle, read, run, until
 
 from dibit.engine.async_engine import AsyncEngine, RequestStream
 from dibit.engine.config import SamplingParams
 from dibit.engine.errors import CapacityError, ContextLengthError, EngineDead, RequestError
-from dibit.engine.outputs import RequestOutput, merge
+from dibit.engine.outputs import merge
 from dibit.engine.request import FinishReason
 from dibit.engine.step import Step
-from dibit.engine.transport import ThreadTransport
+from dibit.engine.transport import ThreadTransport, Transport
 from fakes import FakeRunner, fake_core, solo_tokens
 
 
-def greedy(max_tokens: int = 6) -> SamplingParams:
-    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
+@pytest.fixture(scope="module", params=["thread", "process"])
+def engine(request: pytest.FixtureRequest) -> Iterator[AsyncEngine]:
+    """One engine for every test that wants nothing special of it, and leaves it idle."""
+    make: Callable[..., Transport] = {"thread": threaded, "process": launched}[request.param]
+    engine = AsyncEngine(make(settings={"max_num_seqs": 4}, step_delay_s=0.001))
+    engine.start()
+    yield engine
+    engine.stop(timeout_s=10)
+    assert engine.healthy == "the engine was stopped"
 
 
 @asynccontextmanager
@@ -40,41 +50,17 @@ async def started(engine: AsyncEngine) -> AsyncIterator[AsyncEngine]:
         engine.stop(timeout_s=10)
 
 
-async def read(stream: RequestStream) -> list[RequestOutput]:
-    return [output async for output in stream]
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, "it did not happen"
-        await asyncio.sleep(0.001)
-
-
-def idle(engine: AsyncEngine) -> bool:
-    stats = engine.stats()
-    return stats.running == stats.waiting == 0 and stats.free_blocks == stats.num_blocks
-
-
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def limited() -> None:
-        async with asyncio.timeout(20):
-            await test()
-
-    asyncio.run(limited())
-
-
-def test_streams_side_by_side_give_their_own_tokens_one_by_one() -> None:
+def test_streams_side_by_side_give_their_own_tokens_one_by_one(engine: AsyncEngine) -> None:
     async def test() -> None:
-        async with engine_over(FakeRunner(step_delay_s=0.001), max_num_seqs=4) as engine:
-            streams = [engine.generate(f"r{i}", [i], greedy(9)) for i in range(10)]
-            for i, outputs in enumerate(await asyncio.gather(*map(read, streams))):
-                assert [len(output.token_ids) for output in outputs] == [1] * 9
-                assert list(merge(outputs).token_ids) == solo_tokens([i], 9)
-                assert outputs[-1].finish_reason is FinishReason.LENGTH
-            await until(lambda: idle(engine))
-            assert engine.stats().finished == 10
-            assert engine.healthy is None
+        before = engine.stats().finished
+        streams = [engine.generate(f"r{i}", [i], greedy(9)) for i in range(10)]
+        for i, outputs in enumerate(await asyncio.gather(*map(read, streams))):
+            assert [len(output.token_ids) for output in outputs] == [1] * 9
+            assert list(merge(outputs).token_ids) == solo_tokens([i], 9)
+            assert outputs[-1].finish_reason is FinishReason.LENGTH
+        assert engine.stats().finished - before == 10, "the figures are those of the last output"
+        assert idle(engine)
+        assert engine.healthy is None
 
     run(test)
 
@@ -106,17 +92,27 @@ def test_an_idle_engine_sleeps() -> None:
     run(test)
 
 
-def test_what_cannot_be_served_is_refused_at_submission() -> None:
+def test_what_cannot_be_served_is_refused_at_submission(engine: AsyncEngine) -> None:
     async def test() -> None:
-        async with engine_over() as engine:
-            with pytest.raises(ContextLengthError, match="256 tokens; 306 were requested"):
-                engine.generate("a", [1] * 300, greedy())
-            with pytest.raises(RequestError, match="empty"):
-                engine.generate("a", [], greedy())
-            stream = engine.generate("a", [1], greedy(50))
-            with pytest.raises(RequestError, match="'a' is in use"):
-                engine.generate("a", [1], greedy())
-            await stream.aclose()
+        with pytest.raises(ContextLengthError, match="256 tokens; 306 were requested"):
+            engine.generate("a", [1] * 300, greedy())
+        with pytest.raises(RequestError, match="empty"):
+            engine.generate("a", [], greedy())
+        stream = engine.generate("a", [1], greedy(50))
+        with pytest.raises(RequestError, match="'a' is in use"):
+            engine.generate("a", [1], greedy())
+        await stream.aclose()
+        await until(lambda: idle(engine))
+
+
+def test_whatever_a_request_may_hold_reaches_the_engine(engine: AsyncEngine) -> None:
+    async def test() -> None:
+        params = SamplingParams(
+            seed=2**64 - 1, max_tokens=3, top_k=2**63 - 1, logit_bias={65: 1.5}, stop=("никогда", "\0"), logprobs=2
+        )
+        outputs = await read(engine.generate("Ж", np.array([257, 0]), params, cache_salt="s"))
+        assert outputs[-1].num_output == 3
+        assert all(output.logprobs is not None and len(output.logprobs[0].top) == 2 for output in outputs)
 
     run(test)
 
@@ -140,6 +136,21 @@ def test_a_full_queue_says_when_to_come_back() -> None:
 
     async def anext_soon(engine: AsyncEngine, stream: RequestStream) -> None:
         await until(lambda: engine.stats().backlog_tokens > 500)
+
+    run(test)
+
+
+def test_who_takes_the_id_of_a_reader_that_left_gets_nothing_of_it(engine: AsyncEngine) -> None:
+    async def test() -> None:
+        before = engine.stats().aborted
+        for i in range(20):
+            stream = engine.generate("a", [1], greedy(200))
+            if i % 2:
+                await anext(stream)
+            await stream.aclose()
+        again = await read(engine.generate("a", [2], greedy(3)))
+        assert list(merge(again).token_ids) == solo_tokens([2], 3)
+        assert engine.stats().aborted - before == 20
 
     run(test)
 
@@ -177,73 +188,67 @@ def test_a_reader_that_leaves_frees_its_request_within_a_step(how: str) -> None:
     run(test)
 
 
-def test_a_reader_may_leave_when_its_request_has_just_ended() -> None:
+def test_a_reader_may_leave_when_its_request_has_just_ended(engine: AsyncEngine) -> None:
     async def test() -> None:
-        async with engine_over() as engine:
-            stream = engine.generate("a", [1], greedy(3))
-            while engine.stats().finished == 0:
-                time.sleep(0.001)  # without giving way to the event loop, so that nothing is delivered yet
-            await stream.aclose()
-            again = await read(engine.generate("a", [1], greedy(3)))
-            assert list(merge(again).token_ids) == solo_tokens([1], 3)
-            assert engine.stats().aborted == 0
+        before = engine.stats()
+        stream = engine.generate("a", [1], greedy(3))
+        while engine.stats().finished == before.finished:
+            time.sleep(0.001)  # without giving way to the event loop, so that nothing is delivered yet
+        await stream.aclose()
+        again = await read(engine.generate("a", [1], greedy(3)))
+        assert list(merge(again).token_ids) == solo_tokens([1], 3)
+        assert engine.stats().aborted == before.aborted
 
     run(test)
 
 
-def test_a_closed_stream_gives_nothing_more() -> None:
+def test_a_closed_stream_gives_nothing_more(engine: AsyncEngine) -> None:
     async def test() -> None:
-        async with engine_over() as engine:
-            stream = engine.generate("a", [1], greedy(50))
-            await anext(stream)
-            await stream.aclose()
-            assert await read(stream) == []
+        stream = engine.generate("a", [1], greedy(50))
+        await anext(stream)
+        await stream.aclose()
+        assert await read(stream) == []
 
     run(test)
 
 
-def test_abort_by_id_ends_the_stream_with_a_reason() -> None:
+def test_abort_by_id_ends_the_stream_with_a_reason(engine: AsyncEngine) -> None:
     async def test() -> None:
-        async with engine_over(FakeRunner(step_delay_s=0.002), max_num_seqs=1) as engine:
-            running = engine.generate("running", [1], greedy(200))
-            waiting = engine.generate("waiting", [2], greedy(200))
-            await anext(running)
-            engine.abort("waiting")
-            engine.abort("running")
-            engine.abort("unknown")
-            for stream in (running, waiting):
-                assert (await read(stream))[-1].finish_reason is FinishReason.ABORT
-            await until(lambda: idle(engine))
+        streams = [engine.generate(f"r{i}", [i], greedy(200)) for i in range(5)]
+        await anext(streams[0])
+        assert engine.stats().waiting > 0
+        for i in range(6):
+            engine.abort(f"r{i}")
+        for stream in streams:
+            assert (await read(stream))[-1].finish_reason is FinishReason.ABORT
+        await until(lambda: idle(engine))
 
     run(test)
 
 
-def test_a_slow_reader_gets_merged_outputs_and_loses_nothing() -> None:
+def test_a_slow_reader_gets_merged_outputs_and_loses_nothing(engine: AsyncEngine) -> None:
     async def test() -> None:
-        async with engine_over() as engine:
-            stream = engine.generate("slow", [1], greedy(200))
-            await until(lambda: engine.stats().finished == 1)
-            await asyncio.sleep(0.01)
-            outputs = await read(stream)
-            assert len(outputs) <= 16
-            whole = merge(outputs)
-            assert list(whole.token_ids) == solo_tokens([1], 200)
-            assert whole.text == bytes(whole.token_ids).decode()
-            assert (whole.finished, whole.num_output) == (True, 200)
+        before = engine.stats().finished
+        stream = engine.generate("slow", [1], greedy(200))
+        await until(lambda: engine.stats().finished == before + 1)
+        await asyncio.sleep(0.01)
+        outputs = await read(stream)
+        assert len(outputs) <= 16
+        whole = merge(outputs)
+        assert list(whole.token_ids) == solo_tokens([1], 200)
+        assert whole.text == bytes(whole.token_ids).decode()
+        assert (whole.finished, whole.num_output) == (True, 200)
 
     run(test)
 
 
-def test_a_failing_request_ends_with_its_error_alone() -> None:
+def test_a_failing_request_ends_with_its_error_alone(engine: AsyncEngine) -> None:
     async def test() -> None:
-        runner = FakeRunner()
-        runner.bad_ids = {"bad"}
-        async with engine_over(runner) as engine:
-            bad, good = engine.generate("bad", [1], greedy()), engine.generate("good", [2], greedy())
-            [output] = await read(bad)
-            assert (output.finish_reason, output.error) == (FinishReason.ERROR, "RuntimeError: cannot compute ['bad']")
-            assert list(merge(await read(good)).token_ids) == solo_tokens([2], 6)
-            assert engine.healthy is None
+        bad, good = engine.generate("bad", [1], greedy()), engine.generate("good", [2], greedy())
+        [output] = await read(bad)
+        assert (output.finish_reason, output.error) == (FinishReason.ERROR, "RuntimeError: cannot compute")
+        assert list(merge(await read(good)).token_ids) == solo_tokens([2], 6)
+        assert engine.healthy is None
 
     run(test)
 
@@ -341,9 +346,8 @@ def test_an_engine_that_was_not_started_says_so() -> None:
     run(test)
 
 
-def test_a_reader_whose_event_loop_is_gone_holds_nothing() -> None:
-    engine = AsyncEngine(ThreadTransport(fake_core(FakeRunner(step_delay_s=0.001))))
-    engine.start()
+def test_a_reader_whose_event_loop_is_gone_holds_nothing(engine: AsyncEngine) -> None:
+    before = engine.stats().aborted
     kept: list[RequestStream] = []
 
     async def leave() -> None:
@@ -351,10 +355,9 @@ def test_a_reader_whose_event_loop_is_gone_holds_nothing() -> None:
 
     asyncio.run(leave())
     asyncio.run(until(lambda: idle(engine)))
-    assert engine.stats().aborted == 1
+    assert engine.stats().aborted - before == 1
 
     async def other_loop() -> None:
         assert list(merge(await read(engine.generate("a", [1], greedy(3)))).token_ids) == solo_tokens([1], 3)
 
     asyncio.run(other_loop())
-    engine.stop()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dibit.engine.config import SamplingParams
 from dibit.engine.errors import CheckpointError, ConfigError, EngineDead
-from dibit.engine.messages import Abort, Add, Command, Failed, Outputs, Ready, Report, Stop
+from dibit.engine.messages import Abort, Add, Command, Failed, Outputs, Ready, Report, Stop, encode
 from dibit.engine.outputs import EngineStats, RequestOutput, SpeculationStats
 from dibit.engine.request import FinishReason, TokenLogprob
 
@@ -81,12 +82,12 @@ REPORTS = st.one_of(
 
 @given(COMMANDS)
 def test_commands(command: Command) -> None:
-    assert msgspec.msgpack.Decoder(Command).decode(msgspec.msgpack.encode(command)) == command
+    assert msgspec.msgpack.Decoder(Command).decode(encode(command)) == command
 
 
 @given(REPORTS)
 def test_reports(report: Report) -> None:
-    assert msgspec.msgpack.Decoder(Report).decode(msgspec.msgpack.encode(report)) == report
+    assert msgspec.msgpack.Decoder(Report).decode(encode(report)) == report
 
 
 @pytest.mark.parametrize(
@@ -101,3 +102,13 @@ def test_an_error_of_another_kind_keeps_its_name() -> None:
     again = Failed.of(KeyError("\udcff")).exception()
     assert isinstance(again, EngineDead)
     assert str(again) == r"the engine could not be loaded: KeyError: '\udcff'"
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    ids, params = np.arange(3), SamplingParams(temperature=np.float32(0.5), seed=np.int64(3))  # type: ignore[arg-type]
+    add = Add("a", tuple(ids), params, max_tokens=1, seed=np.uint64(2**64 - 1))  # type: ignore[arg-type]
+    again = msgspec.msgpack.decode(encode(add), type=Add)
+    assert again == add
+    assert {type(i) for i in again.prompt_ids} == {int}
+    with pytest.raises(TypeError, match="which no message carries"):
+        encode(Add("a", (object(),), params, max_tokens=1, seed=0))  # type: ignore[arg-type]
