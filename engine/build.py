@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 from dibit.engine import numa
 from dibit.engine.async_engine import AsyncEngine
-from dibit.engine.config import EngineConfig
+from dibit.engine.config import EngineConfig, TransportName
 from dibit.engine.core import EngineCore
 from dibit.engine.errors import ConfigError
-from dibit.engine.transport import ThreadTransport
+from dibit.engine.transport import ThreadTransport, Transport
 
 if TYPE_CHECKING:
     from dibit.engine.checkpoint import Checkpoint
     from dibit.engine.models.decoder import Decoder
     from dibit.engine.packed_cache import PackedCache
+    from dibit.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,41 @@ def _packed_cache(checkpoint: Checkpoint, config: EngineConfig) -> PackedCache |
     return PackedCache(directory, key=key, model=checkpoint.name)
 
 
-def build_engine(model: str | Path, config: EngineConfig, *, model_name: str | None = None) -> AsyncEngine:
-    """`build_core` behind a thread that is not started yet. Callers are told `model_name` (by default the
-    name of the directory or file, or the Hub id)."""
+def build_engine(
+    model: str | Path, config: EngineConfig, *, model_name: str | None = None, transport: TransportName = "auto"
+) -> AsyncEngine:
+    """An engine that is loaded and not started yet, on a thread or in a process ("auto": a process on a GPU).
+
+    Callers are told `model_name` (by default the name of the directory or file, or the Hub id). Raises what
+    `build_core` does, and EngineDead when a process ends before it has loaded.
+    """
     default = Path(model).name if Path(model).exists() else str(model)
-    return AsyncEngine(ThreadTransport(build_core(model, config)), model_name=model_name or default)
+    return AsyncEngine(_transport(model, config, transport), model_name=model_name or default)
+
+
+def _transport(model: str | Path, config: EngineConfig, name: TransportName) -> Transport:
+    if name == "thread" or (name == "auto" and not _expects_gpu(config)):
+        return ThreadTransport(build_core(model, config))
+    from dibit.engine.checkpoint import resolve_model
+    from dibit.engine.process_transport import ProcessTransport
+
+    # Once, here: both processes read it, and neither is to download what the other does.
+    path = resolve_model(str(model))
+
+    def tokenizer() -> Tokenizer:
+        with closing(_Source(path, config)) as source:
+            return source.tokenizer
+
+    return ProcessTransport.launch(str(path), config, load_tokenizer=tokenizer)
+
+
+def _expects_gpu(config: EngineConfig) -> bool:
+    """What `loader.resolve_device` will find, without CUDA: whoever initialises it here keeps a context on the GPU."""
+    if config.device != "auto":
+        return config.device == "cuda"
+    if config.backend not in ("auto", "triton"):
+        return False
+    import torch
+
+    # Asks NVML; `is_available` would ask the CUDA driver.
+    return torch.cuda.device_count() > 0

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dibit.engine.config import EngineConfig
+from dibit.engine.config import LOG_FORMAT, EngineConfig, TransportName
 from dibit.engine.errors import DibitError, UserError
 from dibit.server.cli_bench import bench_app
 from dibit.server.cli_cache import cache_app
@@ -86,7 +86,7 @@ def _setup(
 ) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(message)s",
+        format=LOG_FORMAT,
         stream=sys.stderr,
     )
 
@@ -118,6 +118,10 @@ def serve(
     max_body_bytes: Annotated[
         str, typer.Option(help="largest request body; for example 32MiB", metavar="SIZE")
     ] = "8MiB",
+    transport: Annotated[
+        TransportName,
+        typer.Option(help="the engine runs on a thread of the server or in a process; auto: a process on a GPU"),
+    ] = "auto",
     config: EngineConfig,
 ) -> None:
     """Serve a model behind the OpenAI API; a chat page is at /.
@@ -138,8 +142,12 @@ def serve(
         connection_idle_s=connection_idle_s,
         max_body_bytes=parse_bytes(max_body_bytes),
     )
-    sock = bind_socket(host, port)
-    run_server(build_engine(model, config), settings, sock=sock)
+    with bind_socket(host, port) as sock:
+        engine = build_engine(model, config, transport=transport)
+        try:
+            run_server(engine, settings, sock=sock)
+        finally:
+            engine.stop()
 
 
 @app.command()

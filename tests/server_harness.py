@@ -14,7 +14,7 @@ import httpx
 import openai
 
 from dibit.engine.async_engine import AsyncEngine
-from dibit.engine.transport import ThreadTransport
+from dibit.engine.transport import ThreadTransport, Transport
 from dibit.server.app import create_app
 from dibit.server.lifecycle import Server, bind_socket
 from fakes import FakeRunner, fake_core
@@ -57,11 +57,13 @@ def serving(
     *,
     drain_timeout_s: float = 5.0,
     engine: dict[str, Any] | None = None,
+    transport: Transport | None = None,
     **settings: Any,
 ) -> Iterator[Live]:
-    """`engine` are EngineConfig fields, the rest arguments of create_app."""
+    """`engine` are EngineConfig fields, for a thread if there is no `transport`; the rest arguments of create_app."""
     runner = runner or FakeRunner(num_blocks=1024, max_model_len=256)
-    async_engine = AsyncEngine(ThreadTransport(fake_core(runner, **(engine or {}))), model_name=MODEL)
+    transport = transport or ThreadTransport(fake_core(runner, **(engine or {})))
+    async_engine = AsyncEngine(transport, model_name=MODEL)
     sock = bind_socket("127.0.0.1", 0)
     sock.listen(512)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
