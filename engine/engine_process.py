@@ -19,7 +19,7 @@ from dibit.engine import core_loop
 from dibit.engine.config import LOG_FORMAT
 from dibit.engine.core import EngineCore
 from dibit.engine.errors import DibitError, EngineDead
-from dibit.engine.messages import Command, Failed, Launch, Report, encode
+from dibit.engine.messages import MAX_REPORTS, Command, Failed, Launch, Report, encode
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def main() -> None:
     _leave_with_the_server(Path(launch.address.removeprefix("ipc://")).parent)
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.linger = _LINGER_MS
+        socket.sndhwm = MAX_REPORTS
         socket.connect(launch.address)
         _serve(launch, _Messages(socket))
 
@@ -76,7 +77,7 @@ class _Messages:
         return command
 
     def put(self, report: Report) -> None:
-        """Waits where a thousand reports have not been taken."""
+        """Waits while the server is too far behind."""
         self._socket.send(encode(report))
 
 

@@ -100,6 +100,9 @@ class Launch(msgspec.Struct, frozen=True):
     log_level: int
 
 
+# Reports that wait at either end of a socket before the engine waits too.
+MAX_REPORTS = 100
+
 Command = Add | Abort | Stop
 Report = Ready | Outputs | Failed
 

@@ -29,7 +29,7 @@ from dibit.engine.config import EngineConfig
 from dibit.engine.core_loop import STOPPED
 from dibit.engine.errors import ConfigError, EngineDead
 from dibit.engine.isolation import describe
-from dibit.engine.messages import Command, Failed, Launch, Outputs, Ready, Report, Stop, encode
+from dibit.engine.messages import MAX_REPORTS, Command, Failed, Launch, Outputs, Ready, Report, Stop, encode
 from dibit.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -169,6 +169,7 @@ class _Child:
         self.socket = self._context.socket(zmq.PAIR)
         # Commands are as many as there are requests, which are bounded elsewhere.
         self.socket.sndhwm = 0
+        self.socket.rcvhwm = MAX_REPORTS
         address = f"ipc://{self._directory}/messages"
         try:
             self.socket.bind(address)

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from engine_factory import FACTORY, TESTS, launched
-from streams import greedy, idle, read, run
+from streams import greedy, idle, read, run, until
 
 from dibit.engine.async_engine import AsyncEngine
 from dibit.engine.config import EngineConfig
@@ -179,6 +179,7 @@ def test_a_server_that_is_late_keeps_the_engine_waiting() -> None:
         transport = launched(settings={"max_num_seqs": 1, "max_queued": 10_000})
         engine = AsyncEngine(transport)
         late = threading.Event()
+        late.set()
         deliver = engine._on_outputs
 
         def slow(outputs: Outputs) -> None:
@@ -188,21 +189,27 @@ def test_a_server_that_is_late_keeps_the_engine_waiting() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "_on_outputs", slow)
             engine.start()
-        streams = [engine.generate(str(i), [i % 256], greedy(2)) for i in range(2000)]
-        last = engine.generate("fatal", [0], greedy())
-        child = psutil.Process(transport.pid)
-        before_s, spent_s = -1.0, 0.0
-        while spent_s > before_s:
-            # Longer than the end of a process takes that waits for its last reports to be read.
-            await asyncio.sleep(1.2)
-            before_s, spent_s = spent_s, sum(child.cpu_times()[:2])
-        assert child.status() == psutil.STATUS_SLEEPING, "it has not come to the last request"
-        late.set()
-        for i, stream in enumerate(streams):
-            assert list(merge(await read(stream)).token_ids) == solo_tokens([i % 256], 2)
-        with pytest.raises(EngineDead, match="no more"):
-            await read(last)
-        engine.stop()
+        try:
+            # Two reports each: far more than wait at both ends and in the system's buffers.
+            streams = [engine.generate(str(i), [i % 256], greedy(2)) for i in range(700)]
+            last = engine.generate("fatal", [0], greedy())
+            await until(transport._commands.empty)
+            late.clear()
+            child = psutil.Process(transport.pid)
+            before_s, spent_s = -1.0, 0.0
+            while spent_s > before_s:
+                # Longer than the end of a process takes that waits for its last reports to be read.
+                await asyncio.sleep(1.2)
+                before_s, spent_s = spent_s, sum(child.cpu_times()[:2])
+            assert child.status() == psutil.STATUS_SLEEPING, "it has not come to the last request"
+            late.set()
+            for i, stream in enumerate(streams):
+                assert list(merge(await read(stream)).token_ids) == solo_tokens([i % 256], 2)
+            with pytest.raises(EngineDead, match="no more"):
+                await read(last)
+        finally:
+            late.set()
+            engine.stop()
 
     run(test)
 
