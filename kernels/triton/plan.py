@@ -20,7 +20,6 @@ SIDE_BY_SIDE_TOKENS = 64
 """Above this many tokens there are programs enough without computing the runs side by side."""
 INTEGER_TOKENS = 32
 """Up to so many tokens memory is the limit, and integer products would be no faster."""
-_INTEGER_BITS = (2, 4, 8)
 _INTEGER_COLUMNS = {80: 128, 90: math.inf, 100: 128}
 """Of a group, at least, by architecture. Where float16 is fast, scaling costs what integer products save."""
 _EXACT = 1 << 24
@@ -85,9 +84,10 @@ def takes_integers(format: Format, geometry: Geometry, tokens: int, *, gpu: Gpu,
     """Whether activations rounded to `activation_bits` meet a weight on integer tensor cores.
 
     Only where float32 holds the sums, so that products of fewer tokens, in float16, are the same to the bit; and where
-    no step has several groups. A row of 8-bit codes would need sums of activations by run.
+    no step has several groups, except at 3 bits, whose fields stay within theirs (eight sums of groups of 32 would
+    spill). A row of 8-bit codes would need sums of activations by run.
     """
-    if activation_bits is None or tokens <= INTEGER_TOKENS or format.bits not in _INTEGER_BITS:
+    if activation_bits is None or tokens <= INTEGER_TOKENS:
         return False
     per_channel = format.group_size == PER_CHANNEL
     if per_channel and format.bits == 8:
@@ -96,7 +96,7 @@ def takes_integers(format: Format, geometry: Geometry, tokens: int, *, gpu: Gpu,
         return False
     columns = geometry.columns if per_channel else format.group_size
     exact = columns * format.qmax * (1 << (activation_bits - 1)) <= _EXACT
-    return exact and geometry.groups_per_step == 1
+    return exact and geometry.groups_per_step <= (4 if format.bits == 3 else 1)
 
 
 def runs(geometry: Geometry, padded_rows: int, *, processors: int) -> tuple[int, int]:

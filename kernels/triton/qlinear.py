@@ -5,8 +5,8 @@ Activations are rounded to float16 with one power of two per token, so an output
     sum over k of |w| (2^-11 |x| + 2^-21 * 2^e)  +  float32 rounding of the sums,        max|x| < 2^(e + 15)
 
 With `activation_bits` they are the integers that the reference rounds to, which float16 holds: sums below 2^24, those
-of any group of 128, are exact, and only the scaling of groups and tokens rounds. Many tokens then meet weights of 2, 4
-and 8 bits on integer tensor cores (`takes_integers` in plan.py), which make the same bits.
+of any group of 128, are exact, and only the scaling of groups and tokens rounds. Many tokens then meet most weights on
+integer tensor cores (`takes_integers` in plan.py), which make the same bits.
 
 A NaN or an infinity in a row of x makes the whole row of y NaN. Rows of y are the same bits for every M on one GPU.
 """

@@ -59,7 +59,8 @@ PRODUCTS = (
     *(
         Product(weight, tokens, activation_bits=8)
         for weight in (
-            *(Format(bits, group) for bits in (2, 4) for group in (128, PER_CHANNEL)),
+            *(Format(bits, group) for bits in (2, 3, 4) for group in (128, PER_CHANNEL)),
+            Format(3, 64),
             Format(8, 128),
             Format(8, 64),
         )

@@ -74,9 +74,10 @@ def plane_shifts(at, BITS: tl.constexpr):
 @triton.jit
 def byte_place(at, BITS: tl.constexpr):
     """Where the activation of column `at` stands for integer products: 32 columns for each field of a unit's bytes.
-    Word r of a unit is bytes 2 r and 2 r + 1, and plane p a field of one of them."""
-    UNIT: tl.constexpr = 256 // BITS
-    FIELDS: tl.constexpr = 8 // BITS
+    Word r of a unit is bytes 2 r and 2 r + 1, and plane p a field of one of them. At 3 bits, where planes cross bytes,
+    a field is made of two neighbouring planes, as it is at 8 bits, so that it lies in one group of any size."""
+    FIELDS: tl.constexpr = 1 if BITS == 3 else 8 // BITS
+    UNIT: tl.constexpr = 32 * FIELDS
     plane = at % UNIT // 16
     return at // UNIT * UNIT + plane % FIELDS * 32 + at % 16 * 2 + plane // FIELDS
 

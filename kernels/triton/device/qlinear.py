@@ -22,6 +22,7 @@ import triton.language as tl
 
 from dibit.kernels.triton.device.unpack import (
     bytes_2,
+    bytes_3,
     bytes_4,
     bytes_8,
     last_plane_3,
@@ -129,6 +130,7 @@ def integer_run(
     last,
     BITS: tl.constexpr,
     STEP_UNITS: tl.constexpr,
+    GROUPS_PER_STEP: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     ZERO_BASE: tl.constexpr,
     ZERO_STEP: tl.constexpr,
@@ -136,31 +138,40 @@ def integer_run(
     BM: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """half_run with int8 columns and the words as bytes, 2, 4 or 8 bits, a group a step; PER_CHANNEL not at 8 bits,
+    """half_run with int8 columns and the words as bytes. A step is one group but at 3 bits; PER_CHANNEL not at 8 bits,
     whose codes need sums."""
-    FIELDS: tl.constexpr = 8 // BITS
+    FIELDS: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    SETS: tl.constexpr = 3 if BITS == 3 else 1
+    PER_GROUP: tl.constexpr = FIELDS // GROUPS_PER_STEP
     acc = tl.zeros((BN, BM), tl.float32)
     part = tl.zeros((BN, BM), tl.int32)
     for step in range(first, last):
-        b = tl.load(words + step * (STEP_UNITS * 2048), eviction_policy="evict_first")
+        b = tl.load(words + step * (STEP_UNITS * SETS * 2048), eviction_policy="evict_first")
         at = columns + step * (STEP_UNITS * FIELDS * 32)
-        if BITS == 2:
+        if BITS == 3:
+            second = tl.load(words + step * 6144 + 2048, eviction_policy="evict_first")
+            third = tl.load(words + step * 6144 + 4096, eviction_policy="evict_first")
+            fields = bytes_3(b, second, third, ASM)
+        elif BITS == 2:
             fields = bytes_2(b, ASM)
         elif BITS == 4:
             fields = bytes_4(b, ASM)
         else:
             fields = (bytes_8(b, ASM),)
-        if not PER_CHANNEL:
-            part = tl.zeros((BN, BM), tl.int32)
-        if BITS == 8:
-            # What the codes lost to be int8.
-            part += (tl.load(sums + step * MP + m) * 128.0).to(tl.int32)[None, :]
-        for f in tl.static_range(FIELDS):
-            part = tl.dot(fields[f], tl.load(at + f * 32), part, out_dtype=tl.int32)
-        if not PER_CHANNEL:
-            acc += scaled(
-                part.to(tl.float32), sums, scales, zeros, step, n, m, NP, MP, ZERO_BASE, ZERO_STEP, 1.0
-            )  # fmt: skip
+        for g in tl.static_range(GROUPS_PER_STEP):
+            if not PER_CHANNEL:
+                part = tl.zeros((BN, BM), tl.int32)
+            if BITS == 8:
+                # What the codes lost to be int8.
+                part += (tl.load(sums + step * MP + m) * 128.0).to(tl.int32)[None, :]
+            for f in tl.static_range(PER_GROUP):
+                columns_of = tl.load(at + (g * PER_GROUP + f) * 32)
+                part = tl.dot(fields[g * PER_GROUP + f], columns_of, part, out_dtype=tl.int32)
+            if not PER_CHANNEL:
+                acc += scaled(
+                    part.to(tl.float32), sums, scales, zeros, step * GROUPS_PER_STEP + g, n, m, NP, MP,
+                    ZERO_BASE, ZERO_STEP, 1.0,
+                )  # fmt: skip
     if PER_CHANNEL:
         acc = part.to(tl.float32) / SUBNORMALS
     return acc
@@ -176,7 +187,7 @@ def run_of_steps(
     if columns.dtype.element_ty == tl.int8:
         return integer_run(
             words, columns, sums, scales, zeros, n, m, NP, MP, first, last,
-            BITS, STEP_UNITS, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BN, BM, ASM,
+            BITS, STEP_UNITS, GROUPS_PER_STEP, PER_CHANNEL, ZERO_BASE, ZERO_STEP, BN, BM, ASM,
         )  # fmt: skip
     else:
         return half_run(

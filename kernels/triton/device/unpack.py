@@ -170,3 +170,55 @@ def bytes_8(b, ASM: tl.constexpr):
         )  # fmt: skip
     else:
         return b ^ -128
+
+
+@triton.jit
+def bytes_3(a, b, c, ASM: tl.constexpr):
+    """Three word sets of 3-bit codes, as bytes, to int8 codes: field f has planes 2 f and 2 f + 1, the even one in the
+    lower byte of each word."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 s, t, u, v;
+            shl.b32 s, $8, 5; and.b32 t, $8, 0x00070007; and.b32 s, s, 0x07000700; or.b32 $0, s, t;
+            shr.u32 s, $8, 6; shr.u32 t, $8, 1;
+            and.b32 s, s, 0x00070007; and.b32 t, t, 0x07000700; or.b32 $1, s, t;
+            shr.u32 s, $8, 12; shl.b32 t, $9, 8;
+            and.b32 s, s, 0x00070007; and.b32 t, t, 0x07000700; or.b32 $2, s, t;
+            shr.u32 s, $9, 3; shl.b32 t, $9, 2;
+            and.b32 s, s, 0x00070007; and.b32 t, t, 0x07000700; or.b32 $3, s, t;
+            shr.u32 s, $9, 9; shr.u32 t, $9, 4;
+            and.b32 s, s, 0x00070007; and.b32 t, t, 0x07000700; or.b32 $4, s, t;
+            shl.b32 s, $10, 5; and.b32 t, $10, 0x00070007; and.b32 s, s, 0x07000700; or.b32 $5, s, t;
+            shr.u32 s, $10, 6; shr.u32 t, $10, 1;
+            and.b32 s, s, 0x00070007; and.b32 t, t, 0x07000700; or.b32 $6, s, t;
+            shr.u32 s, $10, 12; shr.u32 t, $8, 7; shr.u32 u, $9, 6; shr.u32 v, $10, 5;
+            and.b32 s, s, 0x00070007; and.b32 t, t, 0x01000100; or.b32 s, s, t;
+            and.b32 u, u, 0x02000200; or.b32 s, s, u; and.b32 v, v, 0x04000400; or.b32 $7, s, v; }""",
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+            [a, b, c],
+            dtype=(tl.int8,) * 8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        high = (tl.arange(0, a.shape[1]) % 2 == 1)[None, :]
+        a, b, c = both_bytes(a), both_bytes(b), both_bytes(c)
+        tops = ((a >> 15) & 1) | ((b >> 14) & 2) | ((c >> 13) & 4)
+        return (
+            (tl.where(high, a >> 3, a) & 7).to(tl.int8),
+            (tl.where(high, a >> 9, a >> 6) & 7).to(tl.int8),
+            (tl.where(high, b, a >> 12) & 7).to(tl.int8),
+            (tl.where(high, b >> 6, b >> 3) & 7).to(tl.int8),
+            (tl.where(high, b >> 12, b >> 9) & 7).to(tl.int8),
+            (tl.where(high, c >> 3, c) & 7).to(tl.int8),
+            (tl.where(high, c >> 9, c >> 6) & 7).to(tl.int8),
+            tl.where(high, tops, (c >> 12) & 7).to(tl.int8),
+        )
+
+
+@triton.jit
+def both_bytes(b):
+    """At each byte [rows, bytes] the whole word that it is of, as int32."""
+    low, high = tl.split(tl.reshape(b, (b.shape[0], b.shape[1] // 2, 2)))
+    word = (low.to(tl.int32) & 255) | ((high.to(tl.int32) & 255) << 8)
+    return tl.reshape(tl.join(word, word), b.shape)

@@ -21,6 +21,9 @@ MANY = INTEGER_TOKENS + 1
 TAKEN = [
     Format(2, 128),
     Format(2, -1),
+    Format(3, 64),
+    Format(3, 128),
+    Format(3, -1),
     Format(4, 64),
     Format(4, 128),
     Format(4, -1),
@@ -42,8 +45,9 @@ def prepared_by_hand(x: Tensor, w: TritonQWeight, padded: int, *, integers: bool
     planes = torch.arange(geometry.columns) % geometry.unit_columns // PLANE_COLUMNS
     shifts = torch.tensor([plane_shift(w.format.bits, p) for p in range(geometry.planes)])
     if integers:
-        # Bytes of a word beside each other, fields of a byte 32 columns apart.
-        fields = codes.view(padded, -1, 2, geometry.planes // 2, PLANE_COLUMNS)
+        # Bytes of a word beside each other, fields of a byte 32 columns apart; at 3 bits neighbouring planes.
+        fields_of_a_byte = 1 if w.format.bits == 3 else geometry.planes // 2
+        fields = codes.view(padded, -1, 2, fields_of_a_byte, PLANE_COLUMNS)
         made.half.copy_(fields.permute(0, 1, 3, 4, 2).reshape(padded, -1))
     else:
         made.half.copy_(codes / 2.0 ** shifts[planes])
@@ -53,7 +57,7 @@ def prepared_by_hand(x: Tensor, w: TritonQWeight, padded: int, *, integers: bool
 
 
 @pytest.mark.parametrize("integers", [False, True])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_by_hand_is_what_the_kernel_prepares(bits: int, *, integers: bool) -> None:
     w = layout.pack(random_weight(64, 256, Format(bits, 128)))
     x = torch.randint(-127, 128, (2, 256)).float()
@@ -71,6 +75,9 @@ def test_by_hand_is_what_the_kernel_prepares(bits: int, *, integers: bool) -> No
     [
         (Format(2, 128), 100, MANY, 1),
         (Format(2, -1), 40, 70, 2),
+        (Format(3, 64), 40, MANY, 2),
+        (Format(3, 128), 100, 70, 1),
+        (Format(3, -1), 40, MANY, 2),
         (Format(4, 64), 40, MANY, 2),
         (Format(4, 128), 100, MANY, 1),
         (Format(4, 128), 40, 70, 2),
@@ -83,7 +90,7 @@ def test_by_hand_is_what_the_kernel_prepares(bits: int, *, integers: bool) -> No
 )
 def test_the_bits_of_the_float16_product(format: Format, n: int, tokens: int, splits: int) -> None:
     """Whatever is around the inner product is the same, and the inner product is exact in both."""
-    k = 256 if format.group_size > 0 else 389
+    k = 389 if format.group_size < 0 else 256 + format.group_size if format.bits == 3 else 256
     w = layout.pack(random_weight(n, k, format))
     # Whole ranges of integers, extremes of both signs included.
     x = torch.randint(-127, 128, (tokens, k)).float()
@@ -103,11 +110,18 @@ def test_the_bits_of_the_float16_product(format: Format, n: int, tokens: int, sp
 
 @pytest.mark.parametrize(
     ("format", "activation_bits"),
-    [(Format(2, 128), 8), (Format(4, 128), 8), (Format(4, -1), 4), (Format(8, 128), 6)],
+    [
+        (Format(2, 128), 8),
+        (Format(3, 128), 8),
+        (Format(3, -1), 6),
+        (Format(4, 128), 8),
+        (Format(4, -1), 4),
+        (Format(8, 128), 6),
+    ],
     ids=lambda v: v.name if isinstance(v, Format) else str(v),
 )
 def test_a_token_is_the_same_among_few_and_many(format: Format, activation_bits: int) -> None:
-    n, k = 60, 256 if format.group_size > 0 else 301
+    n, k = 60, 301 if format.group_size < 0 else 384 if format.bits == 3 else 256
     weight = random_weight(n, k, format)
     w = layout.pack(weight)
     x = torch.randn(MANY, k) * 10.0 ** torch.randint(-4, 5, (MANY, 1))
@@ -169,13 +183,17 @@ def test_fused_ops_prepare_them_too() -> None:
         (Format(2, 128), 4096, MANY, 8, True),
         (Format(2, 64), 4096, MANY, 8, False),
         (Format(2, -1), 11008, MANY, 8, True),
-        (Format(3, 128), 4096, MANY, 4, False),
+        (Format(3, 128), 4096, MANY, 4, True),
+        (Format(3, 64), 4096, MANY, 8, True),
+        (Format(3, 32), 4096, MANY, 8, False),
+        (Format(3, -1), 11008, MANY, 8, True),
+        (Format(3, -1), 28672, MANY, 8, False),
     ],
 )
 def test_where_they_are_taken(
     format: Format, k: int, tokens: int, activation_bits: int | None, *, expected: bool
 ) -> None:
-    """Not where float32 could not hold a sum, nor where a step has several groups, nor at 3 bits."""
+    """Not where float32 could not hold a sum, nor where a step has several groups (at 3 bits, more than four)."""
     geometry = layout.Geometry.of(format, k)
     assert takes_integers(format, geometry, tokens, gpu=Gpu(28, 86), activation_bits=activation_bits) == expected
 
@@ -192,6 +210,9 @@ def test_where_float16_is_fast_short_groups_stay_there() -> None:
     assert taken_on == {
         "int2-g128": [80, 86, 89, 100, 120],
         "int2-channel": [80, 86, 89, 90, 100, 120],
+        "int3-g64": [86, 89, 120],
+        "int3-g128": [80, 86, 89, 100, 120],
+        "int3-channel": [80, 86, 89, 90, 100, 120],
         "int4-g64": [86, 89, 120],
         "int4-g128": [80, 86, 89, 100, 120],
         "int4-channel": [80, 86, 89, 90, 100, 120],
