@@ -84,6 +84,11 @@ WAYS = {
         source="fastfrac",
         tune=f"--objective ce {TUNED} -O norm_rate=0",
     ),
+    "bestce84": Way(
+        "`--recipe fast --zero-grid fractional`, then `dibit finetune --objective ce` (84 steps, norms too)",
+        source="fastfrac",
+        tune="--objective ce --samples 384 --sequence-length 512 --steps 84",
+    ),
     "bestcelong": Way(
         "`--recipe fast --zero-grid fractional`, then `dibit finetune --objective ce` (112 steps)",
         source="fastfrac",
@@ -102,7 +107,7 @@ WAYS = {
     ),
     "smooth": Way("RTN with SmoothQuant's scales", "--method smoothquant --samples 32"),
 }
-LEARNED = ("omni", "affine", "bap", "eqat", "fastfrac", "best")
+LEARNED = ("omni", "affine", "bap", "eqat", "fastfrac", "best", "bestce84")
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ TABLES = (
         "2",
         "2 bits, groups of 64",
         "--bits 2 --group-size 64",
-        (*ALL, "eqatlong", "bestce", "bestcelong", "recipe", "baplong", "recipece", "recipecelong"),
+        (*ALL, "eqatlong", "bestce", "bestce84", "bestcelong", "recipe", "baplong", "recipece", "recipecelong"),
     ),
     Table("2-seed1", "2 bits, groups of 64, second seed", "--bits 2 --group-size 64", LEARNED, seed=1),
     Table(
