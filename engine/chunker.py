@@ -1,9 +1,11 @@
 """How much of a prompt goes into a step, so that those who are being answered are not held up.
 
 Beside requests that decode, prompts add at most (max_itl_ratio - 1) times what a step takes without them, as far as
-that was measured (step_cost.py). A prompt that would take longer is computed in chunks, and a chunk a few layers a step
-(layered prefill): cutting it into fewer tokens instead would read its keys and values, which grow with it, again for
-every few tokens. What a slice computes is kept by the runner until the next one.
+that was measured (step_cost.py), and as much for each of the prompts where they are more than the requests that
+decode: one prompt may not hold up four answers, and one answer not twenty prompts. A prompt that would take longer is
+computed in chunks, and a chunk a few layers a step (layered prefill): cutting it into fewer tokens instead would read
+its keys and values, which grow with it, again for every few tokens. What a slice computes is kept by the runner until
+the next one.
 
 At least one layer of MIN_CHUNK_TOKENS tokens goes into a step, so that prompts get on. Where layers cannot be cut it is
 so many tokens through all of them. One step in QUIET_EVERY goes without prompts, so that what such a step takes is
@@ -44,8 +46,8 @@ class Chunker:
         self._cut_any = self._cut_short = False
         self._steps_beside = 0
 
-    def begin_step(self, *, decodes: int, prompts: bool) -> None:
-        """A step of `decodes` sequences that decode; `prompts`: there are tokens of prompts to compute."""
+    def begin_step(self, *, decodes: int, prompts: int) -> None:
+        """A step of `decodes` sequences that decode beside `prompts` that could be computed in it."""
         self._steps_beside = self._steps_beside + 1 if self._cut_any else 0
         self._cut_any = self._cut_short = False
         self._left_s = math.inf
@@ -57,7 +59,7 @@ class Chunker:
         self.quiet = not self.quiet and (self._steps_beside >= QUIET_EVERY or not self.cost.knows(decodes))
         quiet_s = self.cost.decode_s(decodes)
         if quiet_s is not None:
-            self._left_s = (self.max_ratio - 1.0) * quiet_s
+            self._left_s = (self.max_ratio - 1.0) * quiet_s * max(1.0, prompts / decodes)
 
     @property
     def open(self) -> bool:

@@ -33,8 +33,8 @@ class EngineConfig:
     max_model_len     longest sequence, prompt and output together (None: the model's own limit, or what fits)
     max_num_seqs      sequences in one step
     max_batch_tokens  tokens in one step; a longer prompt is prefilled in chunks of at most this many
-    max_itl_ratio     how many times longer prompts may make a step beside requests that decode than it takes without
-                      them (0: no bound; chunker.py)
+    max_itl_ratio     how many times longer a prompt may make a step beside requests that decode than it takes without
+                      it; more where prompts are more than those (0: no bound; chunker.py)
     max_queued        requests waiting beyond the running ones before CapacityError
     block_size        tokens in a KV block
     kv_bytes          size of the KV cache (None: what max_num_seqs full-length sequences need, at most

@@ -129,7 +129,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self.max_batch_tokens
         decodes = sum(request.decodes for request in self.running)
-        prompts = bool(self.waiting) or decodes < len(self.running)
+        prompts = len(self.running) - decodes + min(len(self.waiting), self.max_num_seqs - len(self.running))
         chunker = self._chunker
         chunker.begin_step(decodes=decodes, prompts=prompts)
         for request in tuple(self.running):

@@ -128,6 +128,29 @@ def test_a_long_prompt_holds_decoding_up_within_the_ratio(
     within(max((ratio - 1) * quiet_s, least_s) + slice_s + quiet_s, costs)
 
 
+def test_prompts_have_their_share_where_they_are_more_than_answers() -> None:
+    def beside_one(prompts: int) -> tuple[float, list[float], int]:
+        machine = Machine(fixed_s=0.005, token_s=0.0005, num_layers=30, runner=Quick)
+        core = machine.core()
+        start(core, decodes=1)
+        # What prompts take is learned before.
+        core.add_request("first", [7] * 400, SamplingParams(max_tokens=1, temperature=0.0))
+        while "first" in core.scheduler:
+            core.step()
+        quiet_s, first = min(machine.costs), len(machine.costs)
+        for i in range(prompts):
+            core.add_request(f"p{i}", [i + 9] * 400, SamplingParams(max_tokens=1, temperature=0.0))
+        while any(f"p{i}" in core.scheduler for i in range(prompts)):
+            core.step()
+        return quiet_s, machine.costs[first:], prompts
+
+    for quiet_s, costs, prompts in (beside_one(1), beside_one(6)):
+        assert max(costs) <= LAG * (1 + prompts) * quiet_s
+        assert max(costs) > 0.8 * (1 + prompts) * quiet_s
+        # The last of them has the share of one again.
+        assert costs[-1] <= LAG * 2 * quiet_s
+
+
 def within(bound_s: float, costs: list[float]) -> None:
     """What a prompt's tokens cost, and how that grows with it, is learned by the first long one."""
     assert max(costs) <= 1.6 * bound_s
