@@ -62,7 +62,7 @@ def test_a_process_that_is_killed_ends_every_stream_with_the_cause(caplog: pytes
             for stream in streams:
                 with pytest.raises(EngineDead, match=r"killed by SIGKILL, as the system does when memory runs out"):
                     await read(stream)
-            assert time.monotonic() - start_s < 1
+            assert time.monotonic() - start_s < 3  # about 0.4 s on a machine that is not busy
             assert "SIGKILL" in (engine.healthy or "")
             with pytest.raises(EngineDead, match="SIGKILL"):
                 engine.generate("late", [1], greedy())
