@@ -166,7 +166,9 @@ def _transport(model: str | Path, config: EngineConfig, name: TransportName) -> 
 
     def tokenizer() -> Tokenizer:
         with closing(_Source(path, config)) as source:
-            return source.tokenizer
+            found = source.tokenizer
+        _return_freed()
+        return found
 
     return ProcessTransport.launch(str(path), config, load_tokenizer=tokenizer)
 

@@ -33,7 +33,7 @@ HEADROOM = 0.95
 class Chunker:
     """`begin_step`, then `cut` for one request after another while there are some and `open`.
 
-    max_ratio   times that prompts may make a step longer than it is without them; 0: no bound
+    max_ratio   times as long as without it that a prompt may make a step; 0: no bound
     num_layers  that chunks may be cut into
     """
 
