@@ -2,10 +2,10 @@
 
 Beside requests that decode, prompts add at most (max_itl_ratio - 1) times what a step takes without them, as far as
 that was measured (step_cost.py), and as much for each of the prompts where they are more than the requests that
-decode: one prompt may not hold up four answers, and one answer not twenty prompts. A prompt that would take longer is
-computed in chunks, and a chunk a few layers a step (layered prefill): cutting it into fewer tokens instead would read
-its keys and values, which grow with it, again for every few tokens. What a slice computes is kept by the runner until
-the next one.
+decode: one prompt may not hold up four answers, and one answer not twenty prompts. A step of itl_slo_ms is always
+fine: twice as long as 5 ms is nothing that a reader sees. A prompt that would take longer is computed in chunks, and a
+chunk a few layers a step (layered prefill): cutting it into fewer tokens instead would read its keys and values, which
+grow with it, again for every few tokens. What a slice computes is kept by the runner until the next one.
 
 At least one layer of MIN_CHUNK_TOKENS tokens goes into a step, so that prompts get on. Where layers cannot be cut it is
 so many tokens through all of them. One step in QUIET_EVERY goes without prompts, so that what such a step takes is
@@ -34,12 +34,14 @@ class Chunker:
     """`begin_step`, then `cut` for one request after another while there are some and `open`.
 
     max_ratio   times as long as without it that a prompt may make a step; 0: no bound
+    slo_s       seconds that a step may take besides
     num_layers  that chunks may be cut into
     """
 
-    def __init__(self, cost: StepCost, *, max_ratio: float, num_layers: int) -> None:
+    def __init__(self, cost: StepCost, *, max_ratio: float, slo_s: float = 0.0, num_layers: int) -> None:
         self.cost = cost
         self.max_ratio = max_ratio
+        self.slo_s = slo_s
         self.num_layers = num_layers
         self.quiet = False
         self._left_s = math.inf
@@ -59,7 +61,8 @@ class Chunker:
         self.quiet = not self.quiet and (self._steps_beside >= QUIET_EVERY or not self.cost.knows(decodes))
         quiet_s = self.cost.decode_s(decodes)
         if quiet_s is not None:
-            self._left_s = (self.max_ratio - 1.0) * quiet_s * max(1.0, prompts / decodes)
+            share_s = (self.max_ratio - 1.0) * quiet_s * max(1.0, prompts / decodes)
+            self._left_s = max(share_s, self.slo_s - quiet_s)
 
     @property
     def open(self) -> bool:

@@ -35,6 +35,8 @@ class EngineConfig:
     max_batch_tokens  tokens in one step; a longer prompt is prefilled in chunks of at most this many
     max_itl_ratio     how many times longer a prompt may make a step beside requests that decode than it takes without
                       it; more where prompts are more than those (0: no bound; chunker.py)
+    itl_slo_ms        ms between two tokens that are fine: beside requests that decode, prompts may make a step this
+                      long whatever max_itl_ratio says (0: the ratio alone decides)
     max_queued        requests waiting beyond the running ones before CapacityError
     block_size        tokens in a KV block
     kv_bytes          size of the KV cache (None: what max_num_seqs full-length sequences need, at most
@@ -69,6 +71,7 @@ class EngineConfig:
     max_num_seqs: int = 32
     max_batch_tokens: int = 256
     max_itl_ratio: float = 2.0
+    itl_slo_ms: float = 0.0
     max_queued: int = 256
     block_size: int = 32
     kv_bytes: int | None = None
@@ -110,6 +113,13 @@ class EngineConfig:
             )
         if self.max_itl_ratio != 0 and not 1 < self.max_itl_ratio < math.inf:
             raise ConfigError(f"max_itl_ratio is {self.max_itl_ratio}; it must be more than 1, or 0 for no bound")
+        if not 0 <= self.itl_slo_ms < math.inf:
+            raise ConfigError(f"itl_slo_ms is {self.itl_slo_ms}; it must be a number of milliseconds, or 0 for none")
+        if self.itl_slo_ms and not self.max_itl_ratio:
+            raise ConfigError(
+                f"itl_slo_ms is {self.itl_slo_ms} and max_itl_ratio is 0: without a bound there is nothing to widen; "
+                "set max_itl_ratio, to just over 1 where the milliseconds alone are to count"
+            )
         if self.prompt_lookup_max < self.prompt_lookup_min:
             raise ConfigError(
                 f"prompt_lookup_max ({self.prompt_lookup_max}) is smaller than prompt_lookup_min "

@@ -61,7 +61,9 @@ class Scheduler:
         self.max_num_seqs = config.max_num_seqs
         self.max_batch_tokens = config.max_batch_tokens
         self.cost = StepCost()
-        self._chunker = Chunker(self.cost, max_ratio=config.max_itl_ratio, num_layers=num_layers)
+        self._chunker = Chunker(
+            self.cost, max_ratio=config.max_itl_ratio, slo_s=config.itl_slo_ms / 1000, num_layers=num_layers
+        )
         self.prefix_cache = config.prefix_cache
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of entry: the last is the youngest

@@ -172,6 +172,18 @@ def test_what_the_ratio_allows_is_used(layers: int) -> None:
     assert taken_s[len(taken_s) // 2] > 2.0 * quiet_s
 
 
+@pytest.mark.parametrize("layers", [1, 30])
+@pytest.mark.parametrize("slo_ms", [15.0, 50.0])
+def test_steps_of_the_slo_are_fine_whatever_the_ratio(layers: int, slo_ms: float) -> None:
+    """15 ms are less than the ratio allows here, 50 are more."""
+    machine = Machine(fixed_s=0.008, token_s=0.0002, num_layers=layers, runner=Quick)
+    quiet_s, costs = arrival(machine, max_itl_ratio=2.5, itl_slo_ms=slo_ms)
+    bound_s = max(2.5 * quiet_s, slo_ms / 1000)
+    within(bound_s, costs)
+    taken_s = sorted(costs[2:-4])
+    assert taken_s[len(taken_s) // 2] > 0.8 * bound_s
+
+
 def test_tokens_whose_keys_are_many_are_not_taken_one_by_one() -> None:
     # At the end of this prompt a token takes as long as a quiet step.
     machine = Machine(fixed_s=0.006, token_s=0.0006, key_s=4e-6, num_layers=30, runner=Quick)
@@ -306,3 +318,9 @@ def test_the_same_times_give_the_same_steps() -> None:
 def test_a_ratio_that_leaves_prompts_nothing_is_refused(ratio: float) -> None:
     with pytest.raises(ConfigError, match="max_itl_ratio"):
         EngineConfig(max_itl_ratio=ratio)
+
+
+@pytest.mark.parametrize(("slo_ms", "ratio"), [(-1.0, 2.0), (float("inf"), 2.0), (float("nan"), 2.0), (50.0, 0.0)])
+def test_an_slo_that_is_none_or_has_nothing_to_widen_is_refused(slo_ms: float, ratio: float) -> None:
+    with pytest.raises(ConfigError, match="itl_slo_ms"):
+        EngineConfig(max_itl_ratio=ratio, itl_slo_ms=slo_ms)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dibit.engine.config import EngineConfig
 from dibit.engine.loader import load_decoder
+from dibit.engine.models import decoder as decoder_module
 from dibit.engine.models import resolve_arch
 from dibit.engine.models.decoder import load_embedding, load_float_block
 from dibit.kernels import native
@@ -203,6 +204,18 @@ def test_a_quantized_model_on_the_cpu_backend(bits: int, group: int) -> None:
     expected = oracle_logits(dequantized(low, model), ids)
     paged = Paged(load_decoder(low, config=EngineConfig(backend="cpu", head_bits=16)))
     assert relative_rms(paged.logits((paged.request(ids), 0, 37)), expected) <= INT8_ACTIVATIONS
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_long_prompt_goes_through_the_mlp_in_pieces(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 128 tokens, the last one shorter, and one sequence's beside another's."""
+    model = hf_model(max_position_embeddings=384)
+    monkeypatch.setattr(decoder_module, "MLP_BYTES", 0)
+    runs = Paged(load_decoder(weights_of(model), config=EngineConfig(backend=backend)), block_size=8)
+    first, second = token_ids(290), token_ids(70, seed=1)
+    a, b = runs.request(first), runs.request(second)
+    found = runs.logits((a, 0, 290), (b, 0, 70))
+    assert_close(found, torch.cat([oracle_logits(model, first), oracle_logits(model, second)]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
