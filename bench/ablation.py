@@ -228,20 +228,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
     parser.add_argument("--table", action="store_true", help="print what has been measured, and end")
     args = parser.parse_args()
-    earlier = json.loads(args.out.read_text())["found"] if args.out.exists() else []
-    found = [Found(**one) for one in earlier]
+    settings = {name: getattr(args, name) for name in ("bits", "group_size", "blocks", "samples", "windows", "length")}
+    earlier = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "found": []}
+    found = [Found(**one) for one in earlier["found"]]
     if not args.table:
         if args.calibration is None or args.test is None:
             parser.error("--calibration and --test are needed to measure; --table prints what there is")
+        if earlier["settings"] != settings:
+            parser.error(f"{args.out} is of other settings, {earlier['settings']}; give these, or another --out")
         try:
-            measure(args, found)
+            measure(args, settings, found)
         except DibitError as error:
             sys.exit(f"ablation: {error}")
     print(table(found))
 
 
-def measure(args: argparse.Namespace, found: list[Found]) -> None:
-    settings = {name: getattr(args, name) for name in ("bits", "group_size", "blocks", "samples", "windows", "length")}
+def measure(args: argparse.Namespace, settings: Mapping[str, int], found: list[Found]) -> None:
     done = {(one.stage, one.seed) for one in found}
     with closing(open_checkpoint(resolve_model(args.model))) as source, tempfile.TemporaryDirectory() as scratch:
         model = Model(source, *resolve_arch(source.config))

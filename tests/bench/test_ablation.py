@@ -48,8 +48,8 @@ def test_a_run_goes_on_where_it_was(
     words = ["--model", tmp_path / "model", "--calibration", text, "--test", text, "--out", out, "--group-size", 32]
     words += ["--blocks", 1, "--samples", 4, "--length", 16, "--windows", 3]
 
-    def run(seeds: str) -> list[str]:
-        monkeypatch.setattr(sys, "argv", ["ablation", *map(str, words), "--seeds", seeds])
+    def run(seeds: str, *more: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["ablation", *map(str, words), "--seeds", seeds, *more])
         ablation.main()
         said = capsys.readouterr()
         assert "| second | first |" in said.out
@@ -57,6 +57,9 @@ def test_a_run_goes_on_where_it_was(
 
     assert run("0") == ["first, seed 0", "second, seed 0"]
     assert run("0,1") == ["first, seed 1", "second, seed 1"]
+    with pytest.raises(SystemExit):
+        run("0", "--bits", "3")
+    assert "other settings" in capsys.readouterr().err
     found = json.loads(out.read_text())["found"]
     assert [(one["stage"], one["seed"]) for one in found] == [(s, i) for i in (0, 1) for s in ("first", "second")]
     # Another seed draws another text to learn from, and the same one to judge by.
