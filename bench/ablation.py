@@ -47,6 +47,7 @@ from dibit.server.options import parse_integers
 from dibit.server.output import write_json
 
 BATCH = 4
+SETTINGS = ("bits", "group_size", "blocks", "samples", "windows", "length")
 
 
 @dataclass(frozen=True)
@@ -228,8 +229,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
     parser.add_argument("--table", action="store_true", help="print what has been measured, and end")
     args = parser.parse_args()
-    settings = {name: getattr(args, name) for name in ("bits", "group_size", "blocks", "samples", "windows", "length")}
-    earlier = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "found": []}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    earlier: dict[str, Any] = (
+        json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "found": []}
+    )
     found = [Found(**one) for one in earlier["found"]]
     if not args.table:
         if args.calibration is None or args.test is None:
@@ -243,7 +246,7 @@ def main() -> None:
     print(table(found))
 
 
-def measure(args: argparse.Namespace, settings: Mapping[str, int], found: list[Found]) -> None:
+def measure(args: argparse.Namespace, settings: Mapping[str, Any], found: list[Found]) -> None:
     done = {(one.stage, one.seed) for one in found}
     with closing(open_checkpoint(resolve_model(args.model))) as source, tempfile.TemporaryDirectory() as scratch:
         model = Model(source, *resolve_arch(source.config))
