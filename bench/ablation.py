@@ -4,8 +4,8 @@
 
 Every stage stands beside the one that it changes (`base`), with the same calibration text, over two seeds: the
 divergence of the predictions from the float model's and their perplexity, on text that nothing learned from, and the
-seconds that it took. A few blocks tell stages apart in a fiftieth of the time of whole models; bench/quality.py has
-those. The file of results is written after every stage, and what is in it is not measured again.
+seconds that it took. A few blocks tell stages apart in a part of the time; bench/quality.py has whole models. The file
+of results is written after every stage, and what is in it is not measured again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,14 @@ from dibit.bench.machine import machine_facts
 from dibit.engine.checkpoint import open_checkpoint, resolve_model
 from dibit.engine.errors import DibitError
 from dibit.engine.models import resolve_arch
-from dibit.engine.models.decoder import Block, load_embedding, load_head
-from dibit.engine.models.weights import read_tensor
+from dibit.engine.models.decoder import Block
 from dibit.engine.tokenizer import Tokenizer, load_tokenizer
 from dibit.kernels.formats import Format, ZeroGrid
-from dibit.kernels.norm import rms_norm_reference
 from dibit.quantize.block import BlockJob, quantize_block
 from dibit.quantize.calibration import Calibration, load_segments
 from dibit.quantize.divergence import compare
 from dibit.quantize.fisher import FISHER_NAME, stored_token_weights
-from dibit.quantize.importance import Model, Text
+from dibit.quantize.importance import Model, Text, embedded, predictor
 from dibit.quantize.methods import make_method
 from dibit.quantize.streams import HiddenStates, StreamConfig, advance
 from dibit.server.options import parse_integers
@@ -103,74 +101,57 @@ class Found:
 
 
 class Judge:
-    """The float model and test tokens [windows, length], to see what changed first blocks do to its predictions."""
+    """The float model and a test text, to see what changed first blocks do to its predictions."""
 
-    def __init__(self, model: Model, tokens: Tensor, *, blocks: int, directory: Path) -> None:
-        self.model, self.tokens, self.blocks = model, tokens, blocks
-        self._directory = directory
+    def __init__(self, model: Model, text: Text, *, blocks: int) -> None:
+        self._model, self._text = model, text
         self._rest = [model.block(layer) for layer in range(blocks, model.sizes.layers)]
-        self._tables = model.sizes.rope.tables(tokens.shape[1])
+        self._tables = model.sizes.rope.tables(text.tokens.shape[1])
+        self._logits = predictor(model)
+        self._reference = self._final([model.block(layer) for layer in range(blocks)])
 
-    def stream(self, tokens: Tensor) -> HiddenStates:
-        """The embedded tokens."""
-        sizes = self.model.sizes
-        samples, length = tokens.shape
-        made = HiddenStates(samples, length, sizes.hidden, config=StreamConfig(), directory=self._directory)
-        made.embed(self._embedding, tokens)
-        return made
-
-    def final(self, first: list[Block]) -> Tensor:
-        """Hidden states [windows, length, hidden] behind `first` and the float blocks after them, normalized."""
-        stream = self.stream(self.tokens)
+    def _final(self, first: list[Block]) -> Tensor:
+        """Hidden states [windows, length, hidden] behind `first` and the float blocks after them."""
+        stream = embedded(self._model, self._text)
         for block in (*first, *self._rest):
             advance(stream, block, *self._tables, batch=BATCH)
-        [(_, x)] = stream.batches(self.tokens.shape[0])
-        return rms_norm_reference(x, self._norm, self.model.sizes.norm_eps)
+        [(_, x)] = stream.batches(self._text.tokens.shape[0])
+        return x
 
     def judge(self, first: list[Block]) -> tuple[float, float]:
         """Mean divergence from the float model, and perplexity."""
         kl, nll = [], []
-        for own, float_own, ids in zip(self.final(first), self._reference, self.tokens, strict=True):
-            found = compare(float_own[:-1] @ self._head.T, own[:-1] @ self._head.T, ids[1:])
+        for own, float_own, ids in zip(self._final(first), self._reference, self._text.tokens, strict=True):
+            found = compare(self._logits(float_own[:-1]), self._logits(own[:-1]), ids[1:])
             kl.append(float(found.kl.mean()))
             nll.append(-float(found.model.mean()))
         return math.fsum(kl) / len(kl), math.exp(math.fsum(nll) / len(nll))
 
-    @cached_property
-    def _reference(self) -> Tensor:
-        return self.final([self.model.block(layer) for layer in range(self.blocks)])
 
-    @cached_property
-    def _embedding(self) -> Tensor:
-        return load_embedding(self.model.checkpoint, self.model.arch, self.model.sizes)
-
-    @cached_property
-    def _head(self) -> Tensor:
-        return load_head(self.model.checkpoint, self.model.arch, self.model.sizes)
-
-    @cached_property
-    def _norm(self) -> Tensor:
-        arch, sizes = self.model.arch, self.model.sizes
-        return read_tensor(self.model.checkpoint, f"{arch.final_norm}.weight", (sizes.hidden,))
+def float_streams(model: Model, text: Text, *, blocks: int) -> list[HiddenStates]:
+    """What enters each of the first blocks of the float model, and what leaves the last of them."""
+    tables = model.sizes.rope.tables(text.tokens.shape[1])
+    streams = [embedded(model, text)]
+    for layer in range(blocks):
+        streams.append(streams[-1].empty_like())
+        advance(streams[-2], model.block(layer), *tables, batch=BATCH, into=streams[-1])
+    return streams
 
 
 def quantized_blocks(
-    judge: Judge, stage: Stage, tokens: Tensor, *, bits: int, group_size: int, seed: int, directory: Path
+    model: Model, stage: Stage, text: Text, floats: Sequence[HiddenStates], *, bits: int, group_size: int, seed: int
 ) -> list[Block]:
-    """The first blocks as `stage` quantizes them from tokens [samples, length]."""
-    model, method = judge.model, make_method(stage.method, stage.options)
+    """The first blocks as `stage` quantizes them from `text`; `floats` are its `float_streams`."""
+    method = make_method(stage.method, stage.options)
     form = Format(bits, group_size, zero_grid=stage.zero_grid)
     weights = None
     if "token_weights" in method.needs:
-        text = Text(tokens, StreamConfig(), directory)
-        weights = stored_token_weights(directory / f"{seed}-{FISHER_NAME}", model, text, seed=seed)
-    cos, sin = model.sizes.rope.tables(tokens.shape[1])
-    quantized, float_stream = judge.stream(tokens), judge.stream(tokens)
+        weights = stored_token_weights(text.directory / f"{seed}-{FISHER_NAME}", model, text, seed=seed)
+    cos, sin = model.sizes.rope.tables(text.tokens.shape[1])
+    quantized = embedded(model, text)
     made = []
-    for layer in range(judge.blocks):
+    for layer, (float_stream, float_outputs) in enumerate(pairwise(floats)):
         block, sites = model.block(layer), model.sites(layer)
-        float_outputs = float_stream.empty_like()
-        advance(float_stream, model.block(layer), cos, sin, batch=BATCH, into=float_outputs)
         job = BlockJob(
             layer=layer,
             block=block,
@@ -187,7 +168,6 @@ def quantized_blocks(
         )
         quantize_block(job, method, name=stage.method, progress=lambda note: None)
         advance(quantized, block, cos, sin, batch=BATCH)
-        float_stream = float_outputs
         made.append(block)
     return made
 
@@ -251,26 +231,23 @@ def measure(args: argparse.Namespace, settings: Mapping[str, Any], found: list[F
     with closing(open_checkpoint(resolve_model(args.model))) as source, tempfile.TemporaryDirectory() as scratch:
         model = Model(source, *resolve_arch(source.config))
         tokenizer: Tokenizer = load_tokenizer(source)
-        drawn = Calibration(args.test, args.windows, args.length, 0)
-        test = load_segments(drawn, tokenizer.encode).tokens
+
+        def text_of(file: Path, samples: int, seed: int) -> Text:
+            drawn = Calibration(file, samples, args.length, seed)
+            return Text(load_segments(drawn, tokenizer.encode).tokens, StreamConfig(), Path(scratch))
+
         with torch.no_grad():
-            judge = Judge(model, test, blocks=args.blocks, directory=Path(scratch))
+            judge = Judge(model, text_of(args.test, args.windows, 0), blocks=args.blocks)
         for seed in parse_integers(args.seeds):
-            text = Calibration(args.calibration, args.samples, args.length, seed)
-            tokens = load_segments(text, tokenizer.encode).tokens
+            text = text_of(args.calibration, args.samples, seed)
+            floats = float_streams(model, text, blocks=args.blocks)
             for stage in STAGES:
                 if (stage.name, seed) in done:
                     continue
                 print(f"{stage.name}, seed {seed}", file=sys.stderr, flush=True)
                 began = time.monotonic()
                 blocks = quantized_blocks(
-                    judge,
-                    stage,
-                    tokens,
-                    bits=args.bits,
-                    group_size=args.group_size,
-                    seed=seed,
-                    directory=Path(scratch),
+                    model, stage, text, floats, bits=args.bits, group_size=args.group_size, seed=seed
                 )
                 seconds = time.monotonic() - began
                 with torch.no_grad():

@@ -140,7 +140,7 @@ def _zd(model: Model, layer: int, tell: Callable[[int], None]) -> float:
 
 
 def _lim(model: Model, text: Text, tell: Callable[[int], None]) -> tuple[float, ...]:
-    stream = _embedded(model, text)
+    stream = embedded(model, text)
     cos, sin = model.sizes.rope.tables(text.tokens.shape[1])
     scores = []
     for layer in range(model.sizes.layers):
@@ -169,7 +169,7 @@ def _damage(
     copies = 1 + (model.sizes.layers * len(formats) if predictions else 0)
     share = StreamConfig(text.streams.stream_type, text.streams.memory_bytes // copies)
     text = Text(text.tokens, share, text.directory)
-    stream = _embedded(model, text)
+    stream = embedded(model, text)
     rounded: dict[tuple[int, int], HiddenStates] = {}
     errors: dict[tuple[int, int], float] = {}
     cos, sin = model.sizes.rope.tables(text.tokens.shape[1])
@@ -216,12 +216,10 @@ def _divergences(
     model: Model, stream: HiddenStates, rounded: Mapping[tuple[int, int], HiddenStates]
 ) -> dict[tuple[int, int], float]:
     """Mean KL(float ‖ rounded) of the next-token distribution, in nats."""
-    sizes = model.sizes
-    norm = read_tensor(model.checkpoint, f"{model.arch.final_norm}.weight", (sizes.hidden,))
-    head = load_head(model.checkpoint, model.arch, sizes)
+    logits = predictor(model)
 
     def log_probabilities(x: Tensor) -> Tensor:
-        return F.log_softmax(F.linear(rms_norm_reference(x, norm, sizes.norm_eps), head), dim=-1)
+        return F.log_softmax(logits(x), dim=-1)
 
     totals = dict.fromkeys(rounded, 0.0)
     others = {key: other.batches(1) for key, other in rounded.items()}
@@ -238,12 +236,21 @@ def _divergences(
     return {key: total / tokens for key, total in totals.items()}
 
 
+def predictor(model: Model) -> Callable[[Tensor], Tensor]:
+    """Final norm and head: hidden states behind the last block [.., hidden] -> logits [.., vocab]."""
+    sizes = model.sizes
+    norm = read_tensor(model.checkpoint, f"{model.arch.final_norm}.weight", (sizes.hidden,))
+    head = load_head(model.checkpoint, model.arch, sizes)
+    return lambda x: F.linear(rms_norm_reference(x, norm, sizes.norm_eps), head)
+
+
 def _stream(model: Model, text: Text) -> HiddenStates:
     samples, length = text.tokens.shape
     return HiddenStates(samples, length, model.sizes.hidden, config=text.streams, directory=text.directory)
 
 
-def _embedded(model: Model, text: Text) -> HiddenStates:
+def embedded(model: Model, text: Text) -> HiddenStates:
+    """The text as it enters the first block."""
     stream = _stream(model, text)
     stream.embed(load_embedding(model.checkpoint, model.arch, model.sizes), text.tokens)
     return stream

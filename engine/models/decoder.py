@@ -131,6 +131,7 @@ class Block:
         self.head_norms = head_norms
         self.ops = ops
         self.scale = sizes.head_dim**-0.5
+        self._mlp_tokens = max(128, MLP_BYTES // (8 * sizes.intermediate))
 
     def with_linears(
         self, linears: dict[str, Linear], *, attn_norm: Tensor | None = None, mlp_norm: Tensor | None = None
@@ -212,10 +213,9 @@ class Block:
             return linears["down"](ops.silu_mul(linears["gate_up"](h)))
 
         # Tokens do not meet here. A step of one token a sequence goes on a tape, which knows no torch.cat.
-        most = max(128, MLP_BYTES // (8 * self.sizes.intermediate))
-        if h.shape[0] <= most or h.shape[0] == batch.seq_lens.shape[0] or not h.is_cpu:
+        if h.shape[0] <= self._mlp_tokens or h.shape[0] == batch.seq_lens.shape[0] or not h.is_cpu:
             return mlp(h), residual
-        return torch.cat([mlp(piece) for piece in torch.split(h, most)]), residual
+        return torch.cat([mlp(piece) for piece in torch.split(h, self._mlp_tokens)]), residual
 
 
 class Decoder:

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from dibit.bench import ablation
-from dibit.bench.ablation import Found, Judge, Stage, quantized_blocks, table
+from dibit.bench.ablation import Found, Judge, Stage, float_streams, quantized_blocks, table
 from dibit.bench.memory_trace import write_float
 from dibit.bench.synthetic import Shape
 from dibit.engine.checkpoint import open_checkpoint
 from dibit.engine.models import resolve_arch
-from dibit.quantize.importance import Model
+from dibit.quantize.importance import Model, Text
+from dibit.quantize.streams import StreamConfig
 
 TINY = Shape(hidden=64, layers=3, inter=128, heads=4, kv_heads=2, vocab=300)
 
@@ -26,10 +27,11 @@ def test_float_blocks_are_no_change_and_fewer_bits_are_more_of_one(tmp_path: Pat
     tokens = torch.randint(TINY.vocab, (3, 24), generator=torch.Generator().manual_seed(5))
     with closing(open_checkpoint(tmp_path / "model")) as source:
         model = Model(source, *resolve_arch(source.config))
-        judge = Judge(model, tokens, blocks=2, directory=tmp_path)
+        text = Text(tokens, StreamConfig(), tmp_path)
+        judge, floats = Judge(model, text, blocks=2), float_streams(model, text, blocks=2)
         assert judge.judge([model.block(0), model.block(1)])[0] < 1e-6
         kl = [
-            judge.judge(quantized_blocks(judge, stage, tokens, bits=bits, group_size=32, seed=0, directory=tmp_path))[0]
+            judge.judge(quantized_blocks(model, stage, text, floats, bits=bits, group_size=32, seed=0))[0]
             for stage in (Stage("gptq", None, "gptq"), Stage("block-ap", None, "block-ap", {"steps": 2, "batch": 1}))
             for bits in (2, 8)
         ]
