@@ -15,7 +15,7 @@ BackendName = Literal["auto", "cpu", "triton", "reference"]
 GPTQZero = Literal["auto", "v1", "v2"]
 Speculative = Literal["off", "ngram", "draft"]
 TransportName = Literal["auto", "thread", "process"]
-KVType = Literal["auto", "float32", "float16", "bfloat16", "int8", "k8v4", "int4"]
+KVType = Literal["auto", "float32", "float16", "bfloat16", "fp8", "int8", "k8v4", "int4"]
 
 # A line of the log, in every process.
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -42,8 +42,9 @@ class EngineConfig:
     kv_bytes          size of the KV cache (None: what max_num_seqs full-length sequences need, at most
                       kv_memory_share of free memory)
     kv_memory_share   share of the free memory that the KV cache may take when kv_bytes is not given
-    kv_type           element type of the KV cache: float32, float16, bfloat16; int8 or int4 codes with scales; k8v4:
-                      keys in int8, values in int4 ("auto": float16 under low-bit weights, float32 under float weights)
+    kv_type           element type of the KV cache: float32, float16, bfloat16; fp8: e4m3 without scales; int8 or int4
+                      codes with scales; k8v4: keys in int8, values in int4 ("auto": float16 under low-bit weights,
+                      float32 under float weights)
     head_bits         bits at which the token embedding and head are held under low-bit weights; 16 keeps the
                       checkpoint's floats
     gptq_zero         how a GPTQ checkpoint stores its zero points: v1 (minus one), v2, or "auto" to decide

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dibit.engine.config import KVType
 from dibit.engine.models.spec import Sizes
-from dibit.kernels.kv import INT4, INT8, row_width
+from dibit.kernels.kv import FP8, INT4, INT8, row_width
 
 Stored = tuple[torch.dtype, torch.dtype]
 """Element types of keys and of values (kernels/kv.py)."""
@@ -25,6 +25,7 @@ TYPES: dict[KVType, Stored] = {
     "float32": (torch.float32, torch.float32),
     "float16": (torch.float16, torch.float16),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "fp8": (FP8, FP8),
     "int8": (INT8, INT8),
     "k8v4": (INT8, INT4),
     "int4": (INT4, INT4),

@@ -4,14 +4,17 @@ A cache is one tensor [blocks, KH, block_size, W]. Its element type says how its
 head dim D:
 
     float32, float16, bfloat16  D elements, W = D
+    float8_e4m3fn  D elements of a byte, W = D; the OCP 8-bit format E4M3 (sign, 4 bits of exponent with bias 7, 3 of
+            mantissa), without a scale
     int8    D signed codes, then a float16 scale for every 32 of them; W = D + 2 * ceil(D / 32) bytes
     uint8   4-bit codes, two to a byte and the first in the low bits, then for every 32 of them a float16 scale and a
             float16 offset; W = D / 2 + 4 * ceil(D / 32) bytes
 
-Codes are rounded to nearest, halves to even: for int8 x = code * scale, the scale a 127th of the largest |x|; for 4
-bits x = code * scale + offset, the offset the least x, the scale a 15th of the range. A row is written and read whole,
-so that what is stored for a token does not depend on its neighbours. Where an element is not finite, or beyond float16,
-its group is NaN.
+Elements and codes are rounded to nearest, halves to even. Of codes, for int8 x = code * scale, the scale a 127th of the
+largest |x|; for 4 bits x = code * scale + offset, the offset the least x, the scale a 15th of the range. A row is
+written and read whole, so that what is stored for a token does not depend on its neighbours. Where an element is not
+finite, or beyond float16, its group of codes is NaN. e4m3 ends at 448: what is beyond becomes 448 with its sign, and
+what is not finite the NaN 0x7f.
 """
 
 from __future__ import annotations
@@ -25,18 +28,21 @@ from dibit.kernels.contract import ContractError, Dims
 
 GROUP = 32
 REALS = (torch.float32, torch.float16, torch.bfloat16)
+FP8 = torch.float8_e4m3fn
 INT8, INT4 = torch.int8, torch.uint8
+CODES = (INT8, INT4)
+FP8_MAX = 448.0
 MAX_QUANTIZED_DIM = 1024
 
 
 def paired(keys: torch.dtype, values: torch.dtype) -> bool:
     """Whether a cache may store the two so: alike, or both in codes."""
-    return keys == values or (keys not in REALS and values not in REALS)
+    return keys == values or (keys in CODES and values in CODES)
 
 
 def row_width(d: int, dtype: torch.dtype) -> int:
     """Elements of a row of head dim `d`. Raises ContractError for one that cannot be quantized."""
-    if dtype in REALS:
+    if dtype not in CODES:
         return d
     if d % 2 or d > MAX_QUANTIZED_DIM:
         raise ContractError(
@@ -90,6 +96,10 @@ def store_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x [.., D] -> [.., W] of `dtype`."""
     if dtype in REALS:
         return x.to(dtype)
+    if dtype == FP8:
+        # Versions of torch differ in what they make of numbers beyond 448.
+        y = x.float()
+        return torch.where(y.isfinite(), y.clamp(-FP8_MAX, FP8_MAX), torch.nan).to(FP8)
     groups = _groups(x.float())
     # Not finite times zero is NaN, where max and min would let some of it pass.
     poison = (groups * 0).sum(dim=-1, keepdim=True)
@@ -106,7 +116,7 @@ def store_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def load_rows(rows: Tensor, d: int) -> Tensor:
     """rows [.., W] -> float32 [.., D]."""
-    if rows.dtype in REALS:
+    if rows.dtype not in CODES:
         return rows.float()
     count = -(-d // GROUP)
     at = d if rows.dtype == INT8 else d // 2

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dibit.kernels import native, tape
 from dibit.kernels.contract import ContractError
-from dibit.kernels.kv import INT4, INT8, caches_fit, head_dim
+from dibit.kernels.kv import FP8, INT4, INT8, caches_fit, head_dim
 from dibit.kernels.rope import check_rope_kv_write
 
 CACHE_REALS = {
@@ -23,6 +23,7 @@ CACHE_REALS = {
     torch.bfloat16: 2,
     INT8: 3,
     INT4: 4,
+    FP8: 5,
 }  # enum Real in csrc/vec_bodies.h
 
 _F32, _I64 = torch.float32, torch.int64

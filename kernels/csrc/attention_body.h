@@ -201,6 +201,7 @@ void attend(const KeyTile& t) {
     case Real::bf16: score_tile<Real::bf16>(t); break;
     case Real::i8: score_tile<Real::i8>(t); break;
     case Real::i4: score_tile<Real::i4>(t); break;
+    case Real::e4m3: score_tile<Real::e4m3>(t); break;
   }
   for (int row = 0; row < t.rows; ++row)
     t.factor[row] = t.visible[row] == 0 ? 1.0f
@@ -212,6 +213,7 @@ void attend(const KeyTile& t) {
     case Real::bf16: weigh_tile<Real::bf16>(t); break;
     case Real::i8: weigh_tile<Real::i8>(t); break;
     case Real::i4: weigh_tile<Real::i4>(t); break;
+    case Real::e4m3: weigh_tile<Real::e4m3>(t); break;
   }
 }
 
@@ -237,7 +239,7 @@ DIBIT_INLINE void widen_rows(float* out, const void* rows, int64_t count, int d,
   const int64_t stride = row_bytes(kReal, d);
   const int whole = d / kLanes * kLanes;
 #ifdef DIBIT_VEC_AVX512
-  if (kReal != Real::i8 && kReal != Real::i4 && width == d && width % 16 == 0) {
+  if (!is_codes(kReal) && width == d && width % 16 == 0) {
     for (int64_t i = 0; i < count * d; i += 16) store(out + i, load_sixteen<kReal>(rows, i, d));
     return;
   }
@@ -256,6 +258,7 @@ void widen(float* out, const void* rows, Real real, int64_t count, int d, int wi
     case Real::bf16: return widen_rows<Real::bf16>(out, rows, count, d, width);
     case Real::i8: return widen_rows<Real::i8>(out, rows, count, d, width);
     case Real::i4: return widen_rows<Real::i4>(out, rows, count, d, width);
+    case Real::e4m3: return widen_rows<Real::e4m3>(out, rows, count, d, width);
   }
 }
 

@@ -24,7 +24,7 @@ DIBIT_INLINE F16 load_pair(const void* low, const void* high, int64_t i, int d) 
 template <Real kReal>
 DIBIT_INLINE F16 load_sixteen(const void* p, int64_t i, int d) {
   if constexpr (kReal == Real::f32) return load16(static_cast<const float*>(p) + i);
-  if constexpr (kReal == Real::i8 || kReal == Real::i4)
+  if constexpr (is_codes(kReal) || kReal == Real::e4m3)
     return pair(load_real<kReal>(p, i, d), load_real<kReal>(p, i + kLanes, d));
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + i));
   if constexpr (kReal == Real::f16) return _mm512_cvtph_ps(raw);

@@ -38,7 +38,8 @@ DIBIT_INLINE F8 load_real(const void* row, int64_t i, int d) {
   if constexpr (kReal == Real::f32) return load(static_cast<const float*>(row) + i);
   if constexpr (kReal == Real::f16) return load_half(static_cast<const uint16_t*>(row) + i);
   if constexpr (kReal == Real::bf16) return load_bfloat(static_cast<const uint16_t*>(row) + i);
-  if constexpr (kReal == Real::i8 || kReal == Real::i4) {
+  if constexpr (kReal == Real::e4m3) return load_e4m3(static_cast<const uint8_t*>(row) + i);
+  if constexpr (is_codes(kReal)) {
     const char* code = static_cast<const char*>(row) + (kReal == Real::i8 ? i : i / 2);
     return scaled<kReal>(codes<kReal>(code), row, i, d);
   }
@@ -48,12 +49,12 @@ DIBIT_INLINE F8 load_real(const void* row, int64_t i, int d) {
 template <Real kReal>
 DIBIT_INLINE F8 load_tail(const void* row, int64_t i, int d) {
   alignas(32) char tail[kLanes * 4] = {};
-  if constexpr (kReal == Real::i8 || kReal == Real::i4) {
+  if constexpr (is_codes(kReal)) {
     constexpr int kPerByte = kReal == Real::i8 ? 1 : 2;
     std::memcpy(tail, static_cast<const char*>(row) + i / kPerByte, (d - i) / kPerByte);
     return scaled<kReal>(codes<kReal>(tail), row, i, d);
   }
-  constexpr int64_t kBytes = kReal == Real::f32 ? 4 : 2;
+  constexpr int64_t kBytes = real_bytes(kReal);
   std::memcpy(tail, static_cast<const char*>(row) + i * kBytes, (d - i) * kBytes);
   return load_real<kReal>(tail, 0, d);
 }

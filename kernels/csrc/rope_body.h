@@ -12,12 +12,13 @@ DIBIT_INLINE void store_real(void* p, int64_t i, F8 a) {
   if constexpr (kReal == Real::f32) store(static_cast<float*>(p) + i, a);
   if constexpr (kReal == Real::f16) store_half(static_cast<uint16_t*>(p) + i, a);
   if constexpr (kReal == Real::bf16) store_bfloat(static_cast<uint16_t*>(p) + i, a);
+  if constexpr (kReal == Real::e4m3) store_e4m3(static_cast<uint8_t*>(p) + i, a);
 }
 
 // A short run of `n` < kLanes elements, through a full vector on the stack.
 template <Real kReal>
 DIBIT_INLINE void store_tail(void* p, int64_t i, const float* values, int n) {
-  constexpr int64_t kBytes = kReal == Real::f32 ? 4 : 2;
+  constexpr int64_t kBytes = real_bytes(kReal);
   alignas(32) float whole[kLanes] = {};
   alignas(32) char stored[kLanes * 4];
   std::memcpy(whole, values, n * sizeof(float));
@@ -25,7 +26,7 @@ DIBIT_INLINE void store_tail(void* p, int64_t i, const float* values, int n) {
   std::memcpy(static_cast<char*>(p) + i * kBytes, stored, n * kBytes);
 }
 
-// Heads of floats or half floats, `stride` bytes apart.
+// Heads of elements that are no codes, `stride` bytes apart.
 template <Real kReal>
 DIBIT_INLINE void rotate_heads(void* dst, int64_t stride, const float* src, int64_t heads, int d, const float* cos,
                                const float* sin, int half) {
@@ -56,6 +57,7 @@ void rotate(void* dst, Real real, int64_t stride, const float* src, int64_t head
   if (real == Real::f16) return rotate_heads<Real::f16>(dst, stride, src, heads, d, cos, sin, half);
   if (real == Real::bf16) return rotate_heads<Real::bf16>(dst, stride, src, heads, d, cos, sin, half);
   if (real == Real::f32) return rotate_heads<Real::f32>(dst, stride, src, heads, d, cos, sin, half);
+  if (real == Real::e4m3) return rotate_heads<Real::e4m3>(dst, stride, src, heads, d, cos, sin, half);
   alignas(32) float rotated[kMaxRow];
   for (int64_t h = 0; h < heads; ++h) {
     void* row = static_cast<char*>(dst) + h * stride;

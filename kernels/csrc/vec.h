@@ -18,6 +18,17 @@ namespace {
 
 inline constexpr int kLanes = 8;
 
+DIBIT_INLINE float from_bits(uint32_t raw) {
+  float a;
+  std::memcpy(&a, &raw, sizeof a);
+  return a;
+}
+DIBIT_INLINE uint32_t to_bits(float a) {
+  uint32_t raw;
+  std::memcpy(&raw, &a, sizeof raw);
+  return raw;
+}
+
 #ifdef DIBIT_VEC_AVX2
 
 using F8 = __m256;
@@ -81,6 +92,16 @@ DIBIT_INLINE F8 load_u4(const uint8_t* p) {
   std::memcpy(&word, p, sizeof word);
   const I8 all = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
   return _mm256_cvtepi32_ps(_mm256_and_si256(all, _mm256_set1_epi32(15)));
+}
+// Eight bytes of e4m3: exponent and mantissa, at their place in a half, are 2^8 too small, and the product is exact.
+DIBIT_INLINE F8 load_e4m3(const uint8_t* p) {
+  // Sign extension leaves the sign in the bits 7 to 15, two of which stay.
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<int16_t>(0xbfff)));
+  const __m128i most = _mm_set1_epi16(0x3f80);
+  const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(half, most), most);
+  const __m128i quiet = _mm_and_si128(nan, _mm_set1_epi16(0x7e00));
+  return mul(_mm256_cvtph_ps(_mm_or_si128(half, quiet)), splat(256.0f));
 }
 DIBIT_INLINE F8 load_bfloat(const uint16_t* p) {
   const I8 wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -146,16 +167,6 @@ DIBIT_INLINE float peak(F8 a) {
 }
 DIBIT_INLINE float first(F8 a) { return a.lo[0]; }
 
-DIBIT_INLINE float from_bits(uint32_t raw) {
-  float a;
-  std::memcpy(&a, &raw, sizeof a);
-  return a;
-}
-DIBIT_INLINE uint32_t to_bits(float a) {
-  uint32_t raw;
-  std::memcpy(&raw, &a, sizeof raw);
-  return raw;
-}
 DIBIT_INLINE float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
   if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
@@ -192,6 +203,14 @@ DIBIT_INLINE void store_half(uint16_t* p, F8 a) {
   store(wide, a);
   for (int i = 0; i < 8; ++i) p[i] = float_to_half(wide[i]);
 }
+DIBIT_INLINE F8 load_e4m3(const uint8_t* p) {
+  float wide[8];
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t sign = (p[i] & 0x80u) << 8, rest = p[i] & 0x7fu;
+    wide[i] = half_to_float(static_cast<uint16_t>(sign | rest << 7 | (rest == 0x7f ? 0x7e00 : 0))) * 256.0f;
+  }
+  return load(wide);
+}
 DIBIT_INLINE F8 load_bfloat(const uint16_t* p) {
   float wide[8];
   for (int i = 0; i < 8; ++i) wide[i] = from_bits(static_cast<uint32_t>(p[i]) << 16);
@@ -209,6 +228,22 @@ DIBIT_INLINE void store_bfloat(uint16_t* p, F8 a) {
 #endif
 
 DIBIT_INLINE F8 splat_as(F8, float a) { return splat(a); }
+
+// To the nearest, halves to even; beyond 448 it stays there, and what is not finite is 0x7f.
+DIBIT_INLINE uint8_t float_to_e4m3(float a) {
+  const uint32_t raw = to_bits(a), sign = raw >> 24 & 0x80, rest = raw & 0x7fffffff;
+  const uint32_t kept = rest < 0x43e00000 ? rest : 0x43e00000;
+  const uint32_t normal = (kept - 0x3c000000 + 0x7ffff + (kept >> 20 & 1)) >> 20;
+  // Below the smallest normal one: the sum with 2^14, whose last bit is 2^-9, rounds to a multiple of it.
+  const uint32_t small = to_bits(from_bits(kept) + 0x1p14f) - 0x46800000;
+  const uint32_t code = sign | (kept < 0x3c800000 ? small : normal);
+  return static_cast<uint8_t>(rest < 0x7f800000 ? code : 0x7f);
+}
+DIBIT_INLINE void store_e4m3(uint8_t* p, F8 a) {
+  float wide[8];
+  store(wide, a);
+  for (int i = 0; i < 8; ++i) p[i] = float_to_e4m3(wide[i]);
+}
 
 }  // namespace
 }  // namespace dibit

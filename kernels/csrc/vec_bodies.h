@@ -6,16 +6,21 @@
 namespace dibit {
 
 // Storage of the KV cache, as kernels/kv.py describes and kernels/rope_cpu.py numbers it.
-enum class Real : int { f32, f16, bf16, i8, i4 };
+enum class Real : int { f32, f16, bf16, i8, i4, e4m3 };
 
 inline constexpr int kCacheGroup = 32;  // elements of a row of i8 or i4 that share a scale
+
+constexpr bool is_codes(Real real) { return real == Real::i8 || real == Real::i4; }
+
+// Of an element that is no code.
+constexpr int64_t real_bytes(Real real) { return real == Real::f32 ? 4 : real == Real::e4m3 ? 1 : 2; }
 
 // Of a row of d elements.
 inline int64_t row_bytes(Real real, int64_t d) {
   const int64_t groups = (d + kCacheGroup - 1) / kCacheGroup;
   if (real == Real::i8) return d + 2 * groups;
   if (real == Real::i4) return d / 2 + 4 * groups;
-  return real == Real::f32 ? 4 * d : 2 * d;
+  return real_bytes(real) * d;
 }
 
 inline constexpr int kMaxRow = 1024;

@@ -27,7 +27,7 @@ from dibit.engine.errors import ConfigError, RequestError
         ("head_bits", 5, "head_bits is 5; supported: 4, 8, 16"),
         ("device", "tpu", "device is 'tpu'; supported: auto, cpu, cuda"),
         ("backend", "mkl", "backend is 'mkl'; supported"),
-        ("kv_type", "fp8", "kv_type is 'fp8'; supported"),
+        ("kv_type", "int2", "kv_type is 'int2'; supported"),
     ],
 )
 def test_engine_settings_that_cannot_hold(field: str, value: Any, message: str) -> None:

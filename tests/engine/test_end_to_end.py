@@ -74,6 +74,19 @@ def test_in_chunks(llm: LLM, alone: list[Completion]) -> None:
     assert fresh.core.stats().steps > LENGTH + 4
 
 
+@pytest.mark.parametrize("llm", ["4 bits"], indirect=True)
+def test_an_fp8_cache(llm: LLM) -> None:
+    """Not under float weights, whose products differ in their last bits with the number of tokens: keys at the border
+    of two bytes then round to either."""
+    whole = again(llm, kv_type="fp8")
+    expected = [whole.generate(prompt, GREEDY)[0] for prompt in PROMPTS]
+    assert expected[0].text.startswith(" Paris")
+    chunked = again(llm, kv_type="fp8", max_batch_tokens=7, max_num_seqs=4, block_size=4)
+    for _ in range(2):
+        assert same(chunked.generate(PROMPTS, GREEDY), expected)
+    assert chunked.core.stats().steps > LENGTH + 4
+
+
 def test_preempted(llm: LLM, alone: list[Completion]) -> None:
     fresh = again(llm, max_model_len=32, block_size=4, kv_bytes=14 * 4 * TOKEN_BYTES)
     assert fresh.core.pool.num_blocks == 14

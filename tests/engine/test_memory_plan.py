@@ -127,9 +127,9 @@ def test_free_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("kv_type", "row"), [("float16", 2 * 2 * 64), ("int8", 2 * 68), ("k8v4", 68 + 40), ("int4", 80)]
+    ("kv_type", "row"), [("float16", 2 * 2 * 64), ("int8", 2 * 68), ("k8v4", 68 + 40), ("int4", 80), ("fp8", 2 * 64)]
 )
-def test_a_cache_of_codes_takes_its_bytes(kv_type: Any, row: int) -> None:
+def test_a_cache_of_low_bits_takes_its_bytes(kv_type: Any, row: int) -> None:
     weights = weights_of(hf_model(head_dim=64))
     config = EngineConfig(kv_type=kv_type, block_size=4, kv_bytes=1 << 20)
     assert plan_memory(weights, config=config).kv_bytes_per_token == 2 * 2 * row  # layers, kv heads
@@ -141,3 +141,4 @@ def test_an_odd_head_dim_has_no_codes() -> None:
     weights = weights_of(hf_model(head_dim=2050))
     with pytest.raises(ConfigError, match=r"kv_type is 'int8'.*at most 1024, not 2050"):
         plan_memory(weights, config=EngineConfig(kv_type="int8"))
+    plan_memory(weights, config=EngineConfig(kv_type="fp8"))

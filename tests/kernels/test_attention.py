@@ -12,7 +12,7 @@ from dibit.kernels import native
 from dibit.kernels.attention import paged_attention_reference
 from dibit.kernels.attention_cpu import paged_attention
 from dibit.kernels.contract import ContractError
-from dibit.kernels.kv import load_rows, row_width, store_rows
+from dibit.kernels.kv import CODES, FP8, load_rows, row_width, store_rows
 
 NAN = float("nan")
 Stored = torch.dtype | tuple[torch.dtype, torch.dtype]
@@ -170,7 +170,7 @@ GEOMETRIES = [  # heads, kv_heads, d, block_size
 
 
 def skip_odd_codes(d: int, stored: Stored) -> None:
-    if d % 2 and any(not own.is_floating_point for own in types_of(stored)):
+    if d % 2 and any(own in CODES for own in types_of(stored)):
         pytest.skip("codes of an odd head dim are refused")
 
 
@@ -178,6 +178,7 @@ DTYPES: list[Stored] = [
     torch.float32,
     torch.float16,
     torch.bfloat16,
+    FP8,
     torch.int8,
     torch.uint8,
     (torch.int8, torch.uint8),
@@ -241,6 +242,8 @@ def test_a_sequence_alone_gives_the_same_bits(isa: str) -> None:
         (5, 1, 80, torch.bfloat16),
         (6, 1, 64, torch.float16),
         (9, 1, 8, torch.float16),
+        (6, 2, 80, FP8),
+        (4, 2, 20, FP8),
         (6, 2, 80, torch.int8),
         (5, 1, 64, torch.uint8),
         (4, 2, 20, (torch.int8, torch.uint8)),
@@ -275,6 +278,20 @@ def test_both_avx_bodies_give_the_same_bits(
         native.set_isa(name)
         results.append(run(step))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 60])
+def test_every_byte_of_fp8(isa: str, heads: int) -> None:
+    """One key weighs 1, so that the result is its value: read in place, through floats, and by rows across lanes."""
+    stored = torch.arange(256, dtype=torch.uint8)
+    for d in (256, 255):
+        values = stored[-d:].view(FP8)
+        only = torch.tensor([1], dtype=torch.int32)
+        start, table = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+        v_cache, q = values.view(1, 1, 1, d), torch.zeros(1, heads * d)
+        step = Step(q, torch.zeros(v_cache.shape).to(FP8), v_cache, start, only, table, 1.0)
+        found, wanted = run(step).view(heads, d), load_rows(values, d).expand(heads, d)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_nan_reaches_what_uses_it_and_nothing_else(isa: str) -> None:

@@ -25,7 +25,7 @@ from dibit.kernels.attention_cpu import paged_attention
 from dibit.kernels.contract import ContractError
 from dibit.kernels.embedding_cpu import embedding
 from dibit.kernels.formats import BITS, Format, dequantize
-from dibit.kernels.kv import row_width, store_rows
+from dibit.kernels.kv import FP8, row_width, store_rows
 from dibit.kernels.qlinear_cpu import pack, qlinear
 from dibit.kernels.rope import rope_kv_write_reference
 from dibit.kernels.rope_cpu import rope_kv_write
@@ -40,7 +40,7 @@ FUZZ = settings(
     database=None,
 )
 GUARD = 7.0
-CACHES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+CACHES = (torch.float32, torch.float16, torch.bfloat16, FP8, torch.int8, torch.uint8)
 REFUSED = (ContractError, native.NativeError, IndexError)
 INT32 = st.one_of(st.integers(-3, 9), st.sampled_from([-(1 << 31), (1 << 31) - 1, 1 << 20]))
 INT64 = st.one_of(st.integers(-3, 40), st.sampled_from([-(1 << 63), (1 << 63) - 1, 1 << 40]))

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dibit.kernels import native
 from dibit.kernels.contract import ContractError
-from dibit.kernels.kv import head_dim, row_width
+from dibit.kernels.kv import CODES, FP8, head_dim, row_width
 from dibit.kernels.rope import rope_kv_write_reference, rotate
 from dibit.kernels.rope_cpu import rope_kv_write
 
 NAN = float("nan")
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, FP8, torch.int8, torch.uint8]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def case(
 
 def raw(x: Tensor) -> Tensor:
     """The bits, so that poison equals poison."""
-    return x.view(torch.int16) if x.dtype.is_floating_point else x
+    return x.view(torch.uint8)
 
 
 def run_both(c: Case) -> Tensor:
@@ -94,7 +94,7 @@ def test_reference_rotates_pairs_as_complex_numbers() -> None:
 )
 @pytest.mark.parametrize("tokens", [0, 1, 13])
 def test_equals_the_reference(isa: str, tokens: int, d: int, rotary: int, dtype: torch.dtype) -> None:
-    if d % 2 and not dtype.is_floating_point:
+    if d % 2 and dtype in CODES:
         with pytest.raises(ContractError, match="an even head dim"):
             row_width(d, dtype)
         return
@@ -111,8 +111,11 @@ def test_many_tokens_on_threads(isa: str, threads: int) -> None:
 def test_rounding_to_the_cache_is_torchs(isa: str, dtype: torch.dtype) -> None:
     """Ties, subnormals, overflow, infinities, through v, which is stored unrotated."""
     steps = torch.arange(0, 1 << 16, 5, dtype=torch.int32)
-    values = torch.cat([(steps << 16 | low).view(torch.float32) for low in (0, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000)])
-    values = values[~values.isnan()]
+    values = torch.cat(
+        [(steps << 16 | low).view(torch.float32) for low in (0, 1, 0xFFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0xFFFF)]
+    )
+    # Other types keep what they can of a NaN's bits.
+    values = values if dtype == FP8 else values[~values.isnan()]
     fine = torch.arange(-4100, 4100) * 2.0**-26
     values = torch.cat([values, fine, torch.tensor([65504.0, 65519.9, 65520.0, -65520.0])])
     d = 64
