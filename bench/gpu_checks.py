@@ -20,7 +20,7 @@ from dibit.kernels.argmax import argmax_reference
 from dibit.kernels.attention import paged_attention_reference
 from dibit.kernels.embedding import embedding_reference
 from dibit.kernels.formats import BITS, PER_CHANNEL, Format, QTensor, dequantize, zero_points
-from dibit.kernels.kv import INT4, INT8, load_rows, row_width, store_rows
+from dibit.kernels.kv import CODES, FP8, INT4, INT8, load_rows, row_width, store_rows
 from dibit.kernels.norm import add_rms_norm_reference
 from dibit.kernels.qlinear import quantize_activations
 from dibit.kernels.rope import rope_kv_write_reference
@@ -51,8 +51,8 @@ def run_checks(device: torch.device, *, tokens: tuple[int, ...] = (1, 3, 8, 17, 
         yield _attempt(f"rounded activations {fmt.name}", lambda fmt=fmt: _rounded(fmt, device, tokens))  # type: ignore[misc]
     yield _attempt("paged attention, decoding", lambda: _attention([700, 33, 1], [1, 1, 1], device))
     yield _attempt("paged attention, chunks", lambda: _attention([90, 70, 40], [90, 6, 1], device))
-    for name, keys, values in (("int8", INT8, INT8), ("k8v4", INT8, INT4), ("int4", INT4, INT4)):
-        yield _attempt(f"KV cache {name}", lambda keys=keys, values=values: _codes(keys, values, device))  # type: ignore[misc]
+    for name, keys, values in (("fp8", FP8, FP8), ("int8", INT8, INT8), ("k8v4", INT8, INT4), ("int4", INT4, INT4)):
+        yield _attempt(f"KV cache {name}", lambda keys=keys, values=values: _low_bits(keys, values, device))  # type: ignore[misc]
     yield _attempt("norm, silu, rope, embedding, argmax", lambda: _small(device))
     yield _attempt("fused ops between products", lambda: _fused(device))
     yield _attempt("draws", lambda: _draws(device))
@@ -117,19 +117,20 @@ def _rounded(fmt: Format, device: torch.device, tokens: tuple[int, ...]) -> str:
     return f"error {share:.2f} of the bound; same bits at every M" + (f", M {counts} with integers" if counts else "")
 
 
-def _codes(keys: torch.dtype, values: torch.dtype, device: torch.device) -> str:
+def _low_bits(keys: torch.dtype, values: torch.dtype, device: torch.device) -> str:
     """What is stored, byte for byte; and attention over such rows, decoding and in chunks."""
     d, kv_heads = 64, 2
     qkv = torch.randn(5, 3 * kv_heads * d, device=device)
     slots = torch.tensor([3, 0, 7, -1, 4], device=device)
     none, positions = torch.zeros(1, 0, device=device), torch.zeros(5, dtype=torch.int64, device=device)
     caches = [
-        torch.full((2, kv_heads, 4, row_width(d, kind)), 7, dtype=kind, device=device) for kind in (keys, values) * 2
+        torch.full((2, kv_heads, 4, row_width(d, kind)), 7, dtype=torch.uint8, device=device).view(kind)
+        for kind in (keys, values) * 2
     ]
     small.rope_kv_write(qkv, positions, none, none, caches[0], caches[1], slots, kv_heads)
     rope_kv_write_reference(qkv, positions, none, none, caches[2], caches[3], slots, kv_heads)
     for name, found, want in (("keys", caches[0], caches[2]), ("values", caches[1], caches[3])):
-        differing = int((found != want).sum())
+        differing = int((found.view(torch.uint8) != want.view(torch.uint8)).sum())
         if differing:
             raise AssertionError(f"{differing} bytes of the {name} differ from the reference's")
     decoding = _attention([700, 33, 1], [1, 1, 1], device, types=(keys, values))
@@ -156,8 +157,8 @@ def _attention(
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     arguments = (q, k_cache, v_cache, cu_seqlens, seq_lens, tables, d**-0.5)
     want = paged_attention_reference(*arguments)
-    # Codes stand for numbers that are rounded to float16 too before they are multiplied.
-    limit = 2.0 ** (-10 if types[0].is_floating_point else -9) * float(load_rows(v_cache, d).abs().max())
+    # Codes stand for numbers that are rounded to float16 too before they are multiplied; e4m3 is float16 already.
+    limit = 2.0 ** (-9 if types[0] in CODES else -10) * float(load_rows(v_cache, d).abs().max())
     return f"error {_within(attention.paged_attention(*arguments), want, limit):.2f} of the bound"
 
 

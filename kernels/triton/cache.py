@@ -9,15 +9,15 @@ import triton
 from torch import Tensor
 
 from dibit.kernels.contract import ContractError
-from dibit.kernels.kv import INT4, INT8, REALS, head_dim
+from dibit.kernels.kv import FP8, INT4, INT8, REALS, head_dim
 
-TYPES = frozenset({*REALS, INT8, INT4})
+TYPES = frozenset({*REALS, FP8, INT8, INT4})
 
 
 @dataclass(frozen=True)
 class Side:
-    """Keys or values: the cache, its memory as float16 where rows hold codes, the bits of a code (16: floats) and the
-    elements of a row."""
+    """Keys or values: the cache, of e4m3 its bytes; its memory as float16 where rows hold codes; the bits of a code or
+    of e4m3 (16: floats); the elements of a row."""
 
     cache: Tensor
     grid: Tensor | None
@@ -27,6 +27,8 @@ class Side:
     @classmethod
     def of(cls, cache: Tensor, name: str) -> Side:
         """Raises ContractError for rows whose float16 numbers do not lie at even bytes."""
+        if cache.dtype == FP8:
+            return cls(cache.view(torch.uint8), None, 8, cache.shape[3])
         d = head_dim(cache)
         bits = {INT8: 8, INT4: 4}.get(cache.dtype, 16)
         if bits == 4 and d % 4:

@@ -32,7 +32,7 @@ HIDDEN, HEADS, KV_HEADS, D, MLP, VOCAB = 4096, 32, 8, 128, 14336, 128256
 KEYS = 4096
 PREFILL = 512
 # Types of the cache, and what they are called.
-NAMES = {"fp16": "fp16", "bf16": "bf16", "i8": "int8", "u8": "int4"}
+NAMES = {"fp16": "fp16", "bf16": "bf16", "fp8": "fp8", "i8": "int8", "u8": "int4"}
 
 
 def compiled_report(
@@ -64,28 +64,32 @@ def compiled_report(
 
 @dataclass(frozen=True)
 class CacheArguments:
-    """Both sides of a KV cache as device/cache.py takes them. kind: fp32, fp16, bf16; i8 or u8 for codes."""
+    """Both sides of a KV cache as device/cache.py takes them. kind: fp32, fp16, bf16; fp8; i8 or u8 for codes."""
 
     kind: str
 
     @property
     def bits(self) -> int:
-        return {"i8": 8, "u8": 4}.get(self.kind, 16)
+        return {"fp8": 8, "i8": 8, "u8": 4}.get(self.kind, 16)
+
+    @property
+    def has_grid(self) -> bool:
+        return self.kind in ("i8", "u8")
 
     @property
     def row_bytes(self) -> int:
         """Of one head of one token, keys or values."""
-        grid = {8: D // 32 * 2, 4: D // 32 * 4, 16: 0}[self.bits]
-        return grid + (D * (4 if self.kind == "fp32" else 2) if self.bits == 16 else D * self.bits // 8)
+        grid = {"i8": D // 32 * 2, "u8": D // 32 * 4}.get(self.kind, 0)
+        return grid + (D * 4 if self.kind == "fp32" else D * self.bits // 8)
 
     @property
     def types(self) -> dict[str, str]:
-        grids = {} if self.bits == 16 else dict.fromkeys(("k_grid", "v_grid"), "*fp16")
-        return {**dict.fromkeys(("k_cache", "v_cache"), f"*{self.kind}"), **grids}
+        grids = dict.fromkeys(("k_grid", "v_grid"), "*fp16") if self.has_grid else {}
+        return {**dict.fromkeys(("k_cache", "v_cache"), "*u8" if self.kind == "fp8" else f"*{self.kind}"), **grids}
 
     @property
     def constants(self) -> dict[str, Any]:
-        grids: dict[str, Any] = dict.fromkeys(("k_grid", "v_grid")) if self.bits == 16 else {}
+        grids: dict[str, Any] = {} if self.has_grid else dict.fromkeys(("k_grid", "v_grid"))
         width = D if self.bits == 16 else self.row_bytes
         return {**grids, "K_WIDTH": width, "V_WIDTH": width, "K_BITS": self.bits, "V_BITS": self.bits}
 
@@ -307,11 +311,11 @@ def draw_token(gpu: GpuModel) -> KernelReport:
 
 SMALL: tuple[Callable[[GpuModel], KernelReport], ...] = (
     *(partial(decode_attention, kind=kind) for kind in NAMES),
-    *(partial(prefill_attention, kind=kind) for kind in ("fp16", "i8", "u8")),
+    *(partial(prefill_attention, kind=kind) for kind in ("fp16", "fp8", "i8", "u8")),
     merge,
     norm,
     silu,
-    *(partial(rope, kind=kind) for kind in ("fp16", "i8", "u8")),
+    *(partial(rope, kind=kind) for kind in ("fp16", "fp8", "i8", "u8")),
     embedding,
     argmax_blocks,
     argmax_row,

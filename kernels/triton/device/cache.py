@@ -1,11 +1,12 @@
-"""Rows of the KV cache that hold codes: written from a row of floats, and read as float16 operands. kernels/kv.py
-defines them; a row written here has the same bytes.
+"""Rows of the KV cache that hold codes or e4m3: written from a row of floats, and read as float16 operands.
+kernels/kv.py defines them; a row written here has the same bytes.
 
 A cache comes as two pointers to the same memory: to its elements (int8 codes, or uint8 with two codes each), and to
 float16, `grid`, for the scales and offsets behind the codes. WIDTH, the elements of a row, is constant, so that the
 compiler knows how rows are aligned and reads several codes at once. BITS is 8 or 4, or 16 for a cache of floats, which
-has no grid. Columns of a 4-bit row are worked on as two halves, the even and the odd ones, as they lie in a byte: the
-order in which a product sums its columns is free.
+has no grid. e4m3 has none either: its elements are uint8, BITS 8. Shifts and masks convert it on every architecture,
+because sm_80 has no instruction for it. Columns of a 4-bit row are worked on as two halves, the even and the odd ones,
+as they lie in a byte: the order in which a product sums its columns is free.
 """
 
 from __future__ import annotations
@@ -27,11 +28,36 @@ def codes_of(x, scale, offset, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
+def to_e4m3(x):
+    """x float32 to the bytes of e4m3, uint8: to the nearest, halves to even, at most 448, 0x7f where not finite."""
+    raw = x.to(tl.uint32, bitcast=True)
+    size = raw & 0x7FFFFFFF
+    kept = tl.minimum(size, 0x43E00000)
+    normal = (kept - 0x3C000000 + 0x7FFFF + ((kept >> 20) & 1)) >> 20
+    # Below the smallest normal one: the sum with 2^14, whose last bit is 2^-9, rounds to a multiple of it.
+    small = (kept.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = ((raw >> 24) & 0x80) | tl.where(kept < 0x3C800000, small, normal)
+    return tl.where(size < 0x7F800000, code, 0x7F).to(tl.uint8)
+
+
+@triton.jit
+def of_e4m3(code):
+    """Bytes of e4m3 as float16, exactly: exponent and mantissa at their place in a float16 are 2^8 too small."""
+    wide = code.to(tl.int16)
+    size = (wide & 0x7F) << 7
+    # 0x7f is NaN. The sign moves as the low byte's highest bit, so that nothing overflows.
+    half = ((wide & 0x80) << 8) | tl.where(size == 0x3F80, 0x7E00, size).to(tl.int16)
+    return half.to(tl.float16, bitcast=True) * 256.0
+
+
+@triton.jit
 def store_row(cache, grid, at, x, there, D, WIDTH: tl.constexpr, BITS: tl.constexpr, BLOCK_D: tl.constexpr):
     """x [BLOCK_D] float32, its first D elements, as row number `at`; nothing unless `there`."""
     d = tl.arange(0, BLOCK_D)
     if BITS == 16:
         tl.store(cache + at * WIDTH + d, x.to(cache.dtype.element_ty), mask=(d < D) & there)
+    elif grid is None:
+        tl.store(cache + at * WIDTH + d, to_e4m3(x), mask=(d < D) & there)
     else:
         SPAN: tl.constexpr = 32 if BLOCK_D >= 32 else BLOCK_D
         GROUPS: tl.constexpr = BLOCK_D // SPAN
@@ -95,6 +121,9 @@ def load_rows(
     codes = tl.load(cache + row * WIDTH + tl.expand_dims(c, ACROSS), mask=kept, other=0)
     if BITS == 16:
         return codes, codes
+    elif grid is None:
+        x = of_e4m3(codes)
+        return x, x
     else:
         # Codes of a group that lie beside each other here.
         GROUP: tl.constexpr = 32 if BITS == 8 else 16

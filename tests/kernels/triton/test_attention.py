@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dibit.kernels.attention import paged_attention_reference
 from dibit.kernels.contract import ContractError
-from dibit.kernels.kv import INT4, INT8, REALS, load_rows, row_width, store_rows
+from dibit.kernels.kv import FP8, INT4, INT8, REALS, load_rows, row_width, store_rows
 from dibit.kernels.triton.attention import paged_attention
 from dibit.kernels.triton.limits import SIDE_BY_SIDE_TOKENS
 
@@ -107,10 +107,13 @@ def test_decode_and_chunks_of_one_step(heads: int, kv_heads: int, d: int, dtype:
     assert bool(((got.double() - want).abs() <= limit).all())
 
 
-@pytest.mark.parametrize("values", [INT8, INT4], ids=["v8", "v4"])
-@pytest.mark.parametrize("keys", [INT8, INT4], ids=["k8", "k4"])
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [(INT8, INT8), (INT8, INT4), (INT4, INT8), (INT4, INT4), (FP8, FP8)],
+    ids=["int8", "k8v4", "k4v8", "int4", "fp8"],
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 2, 32), (6, 2, 24), (2, 1, 80)])
-def test_caches_of_codes(heads: int, kv_heads: int, d: int, keys: torch.dtype, values: torch.dtype) -> None:
+def test_caches_of_low_bits(heads: int, kv_heads: int, d: int, keys: torch.dtype, values: torch.dtype) -> None:
     """Decoding, chunks, and one chunk of more tokens than are done side by side."""
     n = SIDE_BY_SIDE_TOKENS + 5
     for lengths, tokens in (([1, 37, 64], [1, 1, 3]), ([n], [n])):
@@ -118,6 +121,21 @@ def test_caches_of_codes(heads: int, kv_heads: int, d: int, keys: torch.dtype, v
         got, want = case.run(split_keys=32), case.want()
         limit = 2.0**-10 * float(load_rows(case.v_cache, d).nan_to_num().abs().max())
         assert bool(((got.double() - want).abs() <= limit).all())
+
+
+def test_every_byte_of_fp8() -> None:
+    """One key weighs 1, so that the result is its value."""
+    case = Case([1], [1], 2, 2, 128, FP8)
+    case.v_cache[:, 0] = torch.arange(128, dtype=torch.uint8).view(FP8)
+    case.v_cache[:, 1] = torch.arange(128, 256).to(torch.uint8).view(FP8)
+    wanted = torch.arange(256).to(torch.uint8).view(FP8).float()
+    torch.testing.assert_close(case.run()[0], wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_odd_head_dim_in_fp8() -> None:
+    case = Case([8, 19], [1, 2], 2, 1, 13, FP8)
+    limit = 2.0**-10 * float(load_rows(case.v_cache, 13).nan_to_num().abs().max())
+    assert bool(((case.run().double() - case.want()).abs() <= limit).all())
 
 
 def test_rows_of_codes_at_odd_bytes_are_refused() -> None:

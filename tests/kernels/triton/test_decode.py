@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from dibit.kernels.formats import Format
-from dibit.kernels.kv import INT4, INT8, store_rows
+from dibit.kernels.kv import FP8, INT4, INT8, store_rows
 from dibit.kernels.triton import fused, layout
 from dibit.kernels.triton.attention import attend
 from dibit.kernels.triton.decode import Rows, counters, decode_attended
@@ -151,10 +151,10 @@ def test_a_product_still_owed_or_not(hidden: int) -> None:
 
 @pytest.mark.parametrize(
     ("d", "keys", "values"),
-    [(24, INT8, INT4), (24, INT4, INT8), (80, INT4, INT4), (80, INT8, INT8)],
-    ids=["k8v4", "k4v8", "int4", "int8"],
+    [(24, INT8, INT4), (24, INT4, INT8), (80, INT4, INT4), (80, INT8, INT8), (24, FP8, FP8)],
+    ids=["k8v4", "k4v8", "int4", "int8", "fp8"],
 )
-def test_caches_of_codes(d: int, keys: torch.dtype, values: torch.dtype) -> None:
+def test_caches_of_low_bits(d: int, keys: torch.dtype, values: torch.dtype) -> None:
     """Attention sees the new row as it was rounded."""
     Step([1, 13], 4, 2, d, k_type=keys, v_type=values).check()
 

@@ -42,8 +42,11 @@ def paged(
     return Paged(load_decoder(weights, config=config, activation_bits=activation_bits), kv_type=kv_type)
 
 
-# A key or value near the border of two codes gets another one: a 254th of its group's largest, or a 30th.
-@pytest.mark.parametrize(("kv_type", "bound"), [("float16", BOUND), ("int8", 2 * BOUND), ("int4", 8 * BOUND)])
+# A key or value near the border of two codes gets another one: a 254th of its group's largest, or a 30th; in fp8 an
+# 8th of itself.
+@pytest.mark.parametrize(
+    ("kv_type", "bound"), [("float16", BOUND), ("fp8", 8 * BOUND), ("int8", 2 * BOUND), ("int4", 8 * BOUND)]
+)
 def test_prefill_chunks_and_decoding(kv_type: KVType, bound: float) -> None:
     weights = quantized(weights_of(hf_model(tie_word_embeddings=True, attention_bias=True)), Format(4, 16))
     ids = token_ids(6)

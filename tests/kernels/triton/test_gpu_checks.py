@@ -19,7 +19,7 @@ def test_sound_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "_attention", lambda lengths, tokens, device, **types: "left to its own tests")
     checks = list(run_checks(torch.device("cpu")))
     assert [check.detail for check in checks if not check.passed] == []
-    assert len(checks) == 8
+    assert len(checks) == 9
 
 
 def test_rounded_activations_are_the_same_at_every_m(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from dibit.kernels.argmax import argmax_reference
 from dibit.kernels.contract import ContractError
 from dibit.kernels.embedding import embedding_reference
 from dibit.kernels.formats import BITS, Format, QTensor
-from dibit.kernels.kv import INT4, INT8, load_rows, row_width
+from dibit.kernels.kv import FP8, INT4, INT8, load_rows, row_width
 from dibit.kernels.norm import add_rms_norm_reference, rms_norm_reference
 from dibit.kernels.rope import rope_kv_write_reference
 from dibit.kernels.triton.layout import pack
@@ -84,6 +84,25 @@ def test_rows_of_codes_have_the_reference_s_bytes(d: int, keys: torch.dtype, val
         finite = load_rows(theirs, d).isfinite().all(dim=-1)
         assert torch.equal(ours[finite], theirs[finite])
     assert int((caches[0] == 7).all(dim=-1).sum()) == kv_heads * (3 * block_size - 5), "a slot that is nobody's"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("d", [8, 13, 80])
+def test_fp8_rows_have_the_reference_s_bytes(d: int) -> None:
+    """Every number of e4m3, the middle to the next one, a float32 to either side, and what is beyond them all."""
+    edges = torch.arange(0x7F, dtype=torch.uint8).view(FP8).float()
+    edges = torch.cat([edges, (edges[1:] + edges[:-1]) / 2, torch.tensor([464.0, 480.0, 1e9, 1e-30])])
+    edges = torch.cat([edges, torch.nextafter(edges, torch.tensor(0.0)), torch.nextafter(edges, torch.tensor(1e30))])
+    values = torch.cat([edges, -edges, torch.tensor([math.nan, -math.nan, math.inf, -math.inf])])
+    t = -(-values.numel() // d)
+    qkv = torch.zeros(t, 3 * d)
+    qkv[:, 2 * d :] = torch.nn.functional.pad(values, (0, t * d - values.numel())).view(t, d)
+    none, positions, slots = torch.zeros(1, 0), torch.zeros(t, dtype=torch.int64), torch.randperm(t + 3)[:t]
+    caches = [torch.full((1, 1, t + 3, d), 7.0).to(FP8) for _ in range(4)]
+    rope_kv_write(qkv, positions, none, none, caches[0], caches[1], slots, 1)
+    rope_kv_write_reference(qkv, positions, none, none, caches[2], caches[3], slots, 1)
+    for ours, theirs in ((caches[0], caches[2]), (caches[1], caches[3])):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 @pytest.mark.parametrize("group_size", [16, 64, -1])
